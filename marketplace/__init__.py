@@ -1,0 +1,1 @@
+"""The marketplace: the book, the gateway, the watchers and the settler."""

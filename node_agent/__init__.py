@@ -1,0 +1,1 @@
+"""The operator's side: an agent that runs beside an inference engine and dials out."""
