@@ -1,0 +1,93 @@
+"""The connection to the book.
+
+One dialect, PostgreSQL; SQLAlchemy 2 async Core over asyncpg.  Processes work as the role
+`tollway_app`, which the migrations create: it cannot change or delete what has been posted.
+Only the edge commits: `transaction` is the one place that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import MetaData, make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+APPLICATION_ROLE: Final = "tollway_app"
+MIGRATIONS: Final = Path(__file__).parent.parent / "migrations"
+
+metadata: Final = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    }
+)
+"""Tables of every package but the ledger, which has its own (it imports nothing of ours)."""
+
+
+def connect(url: str, *, pool_size: int = 10, role: str | None = APPLICATION_ROLE) -> AsyncEngine:
+    """Open a pool on the book, each connection working as `role` (None: as the URL's own user)."""
+    server_settings = {"timezone": "UTC", "application_name": "tollway"}
+    if role is not None:
+        server_settings["role"] = role
+    return create_async_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=10,
+        pool_pre_ping=True,
+        connect_args={"server_settings": server_settings, "timeout": 10, "command_timeout": 60},
+    )
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine, *, isolation: str | None = None) -> AsyncIterator[AsyncConnection]:
+    """One unit of work: commits when the block ends, rolls back when it raises."""
+    async with engine.connect() as connection:
+        if isolation is not None:
+            await connection.execution_options(isolation_level=isolation)
+        async with connection.begin():
+            yield connection
+
+
+def migrate(url: str) -> None:
+    """Bring the schema to its newest revision; safe to repeat and to run from two processes at once."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    config.attributes["url"] = url
+    command.upgrade(config, "heads")
+
+
+async def create_database(url: str, *, template: str | None = None) -> None:
+    """Create the URL's database if it does not exist (development and tests)."""
+    parsed = make_url(url)
+    engine = create_async_engine(parsed.set(database="postgres"), isolation_level="AUTOCOMMIT", pool_size=1)
+    try:
+        async with engine.connect() as connection:
+            found = await connection.exec_driver_sql(
+                "SELECT 1 FROM pg_database WHERE datname = $1", (parsed.database,)
+            )
+            if found.first() is None:
+                suffix = f' TEMPLATE "{template}"' if template else ""
+                await connection.exec_driver_sql(f'CREATE DATABASE "{parsed.database}"{suffix}')
+    finally:
+        await engine.dispose()
+
+
+async def drop_database(url: str) -> None:
+    """Drop the URL's database, ending its sessions (tests)."""
+    parsed = make_url(url)
+    engine = create_async_engine(parsed.set(database="postgres"), isolation_level="AUTOCOMMIT", pool_size=1)
+    try:
+        async with engine.connect() as connection:
+            await connection.exec_driver_sql(f'DROP DATABASE IF EXISTS "{parsed.database}" WITH (FORCE)')
+    finally:
+        await engine.dispose()

@@ -1,0 +1,162 @@
+"""Configuration: environment variables with the prefix TOLLWAY_, read once at start.
+
+Everything a person must keep secret is a `SecretStr`.  Outside development an empty, short or default
+secret refuses to start, and waiting times cannot be shortened.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from marketplace.platform.errors import SetupFault
+
+SECRET_CHARACTERS_MIN: Final = 32
+DAY_S: Final = 86_400
+
+
+class Environment(StrEnum):
+    """Where we run; only development may shorten waiting times."""
+
+    DEVELOPMENT = "development"
+    PRODUCTION = "production"
+
+
+class Settings(BaseSettings):
+    """One process's configuration."""
+
+    model_config = SettingsConfigDict(env_prefix="TOLLWAY_", extra="ignore", frozen=True)
+
+    environment: Environment = Environment.PRODUCTION
+    data_dir: Path = Path("var")
+    database_url: SecretStr = SecretStr("")
+    nats_url: str = "nats://127.0.0.1:4222"
+    nats_password: SecretStr = SecretStr("")
+    nats_issuer_seed: SecretStr = SecretStr("")
+    """Account nkey seed that signs the answers to NATS' auth callout."""
+    public_nats_url: str = ""
+    """Where operators' agents dial; empty = `nats_url`."""
+    secret: SecretStr = SecretStr("")
+    """Key of every HMAC over API keys and session tokens; never stored in the database."""
+    chains_file: Path = Path("var/chains.json")
+    """Deployed addresses and RPC endpoints (`marketplace.platform.chains`)."""
+    api_host: str = "127.0.0.1"
+    api_port: int = 8700
+    public_url: str = ""
+    trusted_proxies: Annotated[frozenset[str], NoDecode] = frozenset()
+    """Peers whose X-Forwarded-For is believed (comma-separated addresses)."""
+
+    deposit_micro_min: int = Field(default=5_000_000, ge=1)
+    """R7: $5.00."""
+    withdrawal_nano_min: int = Field(default=10_000_000_000, ge=1)
+    """R15: $10.00."""
+    kyc_limit_nano: int = Field(default=500_000_000_000, ge=0)
+    """R16: over $500.00, per withdrawal and cumulative."""
+    reserve_s: int = Field(default=DAY_S, ge=0)
+    """How long USDC-funded earnings mature."""
+    cooling_s: int = Field(default=2 * DAY_S, ge=0)
+    """How long a new payout address waits before its first use (A43)."""
+
+    settler_dir: Path = Path("var/settler")
+    """Gas keys and the Solana address pool's seed: only the settler's machine has this folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_proxies(cls, values: dict[str, object]) -> dict[str, object]:
+        given = values.get("trusted_proxies")
+        if isinstance(given, str):
+            values["trusted_proxies"] = frozenset(filter(None, (part.strip() for part in given.split(","))))
+        return values
+
+    @model_validator(mode="after")
+    def _refuse_unsafe(self) -> Self:
+        if len(self.secret.get_secret_value()) < SECRET_CHARACTERS_MIN:
+            raise ValueError(f"TOLLWAY_SECRET needs at least {SECRET_CHARACTERS_MIN} random characters")
+        if not self.database_url.get_secret_value():
+            raise ValueError("TOLLWAY_DATABASE_URL is not set (`tollway up` starts a database and sets it)")
+        if self.environment is Environment.PRODUCTION and (
+            self.reserve_s < DAY_S or self.cooling_s < 2 * DAY_S
+        ):
+            raise ValueError("reserve (24 h) and cooling (48 h) times can be shortened in development only")
+        return self
+
+    @property
+    def is_development(self) -> bool:
+        return self.environment is Environment.DEVELOPMENT
+
+
+def load_settings() -> Settings:
+    """Read the environment; a bad value is a SetupFault whose message names the variable."""
+    try:
+        return Settings()
+    except ValidationError as e:
+        reasons = "; ".join(
+            f"TOLLWAY_{'_'.join(map(str, error['loc'])).upper()}: {error['msg']}"
+            if error["loc"]
+            else error["msg"]
+            for error in e.errors()
+        )
+        raise SetupFault(f"configuration: {reasons}") from e
+
+
+class EvmChainConfig(BaseModel):
+    """One EVM chain as deployed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rpc: tuple[str, ...]
+    chain_id: int
+    usdc: str
+    escrow: str
+    """The Safe."""
+    forwarder_factory: str
+    multi_send: str
+    signers: tuple[str, ...]
+    threshold: int
+
+
+class SolanaChainConfig(BaseModel):
+    """Solana as deployed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rpc: tuple[str, ...]
+    usdc_mint: str
+    multisig: str
+    """The SPL multisig, which owns the escrow and is the delegate of every deposit account."""
+    escrow: str
+    """The multisig's token account."""
+    nonce_account: str
+    gas_payer: str
+    signers: tuple[str, ...]
+    threshold: int
+
+
+class ChainsConfig(BaseModel):
+    """Every chain this installation settles on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ethereum: EvmChainConfig
+    base: EvmChainConfig
+    solana: SolanaChainConfig
+
+
+def load_chains(path: Path) -> ChainsConfig:
+    """Read the chains file; SetupFault if it is missing or wrong."""
+    try:
+        return ChainsConfig.model_validate_json(path.read_bytes())
+    except FileNotFoundError as e:
+        raise SetupFault(f"{path} is missing: it names RPC endpoints and deployed addresses") from e
+    except ValidationError as e:
+        raise SetupFault(f"{path}: {e}") from e
+
+
+def settings_environment(settings: dict[str, str]) -> dict[str, str]:
+    """Give the environment of a child process: ours, plus `settings` as TOLLWAY_ variables."""
+    return {**os.environ, **{f"TOLLWAY_{name.upper()}": value for name, value in settings.items()}}

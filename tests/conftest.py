@@ -1,0 +1,88 @@
+"""Real servers, each started once per run; every test gets a database of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from marketplace.platform import database
+from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
+from marketplace.platform.embedded_postgres import EmbeddedPostgres
+from marketplace.platform.processes import free_port
+
+
+def pytest_runtest_setup() -> None:
+    """Close every socket but loopback's."""
+    from pytest_socket import disable_socket, socket_allow_hosts
+
+    del disable_socket
+    socket_allow_hosts(["127.0.0.1", "::1"], allow_unix_socket=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server for the whole run: TOLLWAY_TEST_DATABASE_URL or the embedded one; gives its URL."""
+    given = os.environ.get("TOLLWAY_TEST_DATABASE_URL")
+    if given:
+        yield given
+        return
+    folder = tmp_path_factory.mktemp("pg")
+    for parent in (folder, folder.parent):
+        parent.chmod(0o755)
+    server = EmbeddedPostgres(folder / "postgres")
+    server.start()
+    try:
+        yield server.url("tollway")
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def template_url(postgres_url: str) -> str:
+    """A migrated database that every test's own is copied from."""
+    url = make_url(postgres_url).set(database=f"template_{uuid.uuid4().hex[:8]}")
+    rendered = url.render_as_string(hide_password=False)
+    asyncio.run(database.create_database(rendered))
+    database.migrate(rendered)
+    return rendered
+
+
+@pytest.fixture
+async def database_url(template_url: str) -> AsyncIterator[str]:
+    """A fresh, migrated database; SQLAlchemy URL of its owner."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    url = make_url(template_url).set(database=name).render_as_string(hide_password=False)
+    await database.create_database(url, template=make_url(template_url).database)
+    try:
+        yield url
+    finally:
+        await database.drop_database(url)
+
+
+@pytest.fixture
+async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """The book as the application sees it: role tollway_app."""
+    engine = database.connect(database_url)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedNats]:
+    """A nats-server with our configuration, for the whole run."""
+    folder: Path = tmp_path_factory.mktemp("nats")
+    server = EmbeddedNats(folder / "nats", free_port(), load_or_make_credentials(folder / "secrets"))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()

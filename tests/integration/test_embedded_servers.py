@@ -1,0 +1,108 @@
+"""The embedded servers keep their promises: real, local only, no orphan, nothing acknowledged lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nats
+import pytest
+from sqlalchemy import text
+
+from marketplace.platform import database
+from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
+from marketplace.platform.embedded_postgres import EmbeddedPostgres
+from marketplace.platform.errors import PortInUse
+from marketplace.platform.processes import free_port
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from marketplace.platform.embedded_postgres import EmbeddedPostgres
+server = EmbeddedPostgres(Path(sys.argv[1]))
+server.start()
+print(server.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+    return tmp_path / "postgres"
+
+
+async def test_a_killed_owner_leaves_no_server_and_loses_no_row(home: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(home)], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    first = EmbeddedPostgres(home)
+    engine = database.connect(first.url("postgres"), role=None)
+    async with database.transaction(engine) as connection:
+        await connection.execute(text("CREATE TABLE kept (n int)"))
+        await connection.execute(text("INSERT INTO kept VALUES (7)"))
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    await engine.dispose()
+    deadline = time.monotonic() + 5
+    while _is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_alive(pid)
+
+    again = EmbeddedPostgres(home)
+    again.start()
+    try:
+        engine = database.connect(again.url("postgres"), role=None)
+        async with engine.connect() as connection:
+            assert (await connection.execute(text("SELECT n FROM kept"))).scalar_one() == 7
+        await engine.dispose()
+    finally:
+        again.stop()
+
+
+async def test_postgres_listens_on_its_socket_only(home: Path) -> None:
+    server = EmbeddedPostgres(home)
+    server.start()
+    try:
+        engine = database.connect(server.url("postgres"), role=None)
+        async with engine.connect() as connection:
+            assert (await connection.execute(text("SHOW listen_addresses"))).scalar_one() == ""
+            assert (await connection.execute(text("SHOW fsync"))).scalar_one() == "on"
+            assert (await connection.execute(text("SHOW server_version_num"))).scalar_one() >= "180000"
+        await engine.dispose()
+    finally:
+        server.stop()
+    assert not server.is_alive()
+
+
+async def test_nats_refuses_strangers_and_serves_the_marketplace(nats_server: EmbeddedNats) -> None:
+    connection = await nats.connect(
+        nats_server.url, user="marketplace", password=nats_server.credentials.password
+    )
+    assert connection.is_connected
+    await connection.close()
+    with socket.create_connection(("127.0.0.1", nats_server.port), timeout=8) as stranger:
+        stranger.recv(4096)
+        stranger.sendall(b'CONNECT {"user":"marketplace","pass":"wrong","verbose":false}\r\nPING\r\n')
+        assert b"Authorization Violation" in stranger.recv(4096)
+
+
+def test_a_port_in_use_is_named(tmp_path: Path, nats_server: EmbeddedNats) -> None:
+    second = EmbeddedNats(tmp_path / "nats", nats_server.port, load_or_make_credentials(tmp_path / "secrets"))
+    with pytest.raises(PortInUse, match=f"port {nats_server.port} \\(NATS\\) is in use"):
+        second.start()
+    assert free_port() != nats_server.port
