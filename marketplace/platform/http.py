@@ -1,0 +1,143 @@
+"""What every HTTP route shares: who is calling, how a refusal looks, where services are found.
+
+Feature packages offer an `APIRouter` each; `marketplace.app` composes them and puts the services on
+`app.state`.  A route opens its own transaction (`database.transaction`), so the commit comes before the
+response's first byte.
+
+Refusals have OpenAI's shape on every path: `{"error": {"message", "type", "param", "code"}}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Protocol
+from uuid import UUID
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from marketplace.platform.clock import Clock
+from marketplace.platform.settings import ChainsConfig, Settings
+
+TYPE_BY_STATUS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "insufficient_funds",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable",
+}
+
+
+class Refusal(Exception):
+    """A request we decline, told to the caller in OpenAI's error shape."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        kind = TYPE_BY_STATUS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who is calling: a person, through a session or an API key."""
+
+    person_id: UUID
+    key_id: UUID | None
+    """None for a session."""
+    scopes: frozenset[str] = field(default_factory=frozenset)
+    """`inference` (call models), `account` (read and manage one's own things), `admin`."""
+
+
+class Authenticator(Protocol):
+    """Turns credentials into an identity; implemented by `marketplace.accounts`."""
+
+    async def authenticate(self, request: Request) -> Identity:
+        """Give the caller; raises Refusal 401 with a code that says what is wrong."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What routes need from the process they run in; lives on `app.state.services`."""
+
+    engine: AsyncEngine
+    settings: Settings
+    chains: ChainsConfig
+    clock: Clock
+    authenticator: Authenticator
+
+
+def services(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
+
+
+async def _identify(request: Request) -> Identity:
+    return await services(request).authenticator.authenticate(request)
+
+
+def _require(scope: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - a FastAPI dependency factory
+    async def dependency(request: Request) -> Identity:
+        identity = await _identify(request)
+        if scope not in identity.scopes:
+            raise Refusal(403, "missing_scope", f"this credential lacks the scope {scope!r}")
+        return identity
+
+    return dependency
+
+
+ServicesDep = Annotated[Services, Depends(services)]
+AccountIdentity = Annotated[Identity, Depends(_require("account"))]
+AdminIdentity = Annotated[Identity, Depends(_require("admin"))]
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every refusal, validation error and unknown path in OpenAI's error shape."""
+
+    def answer(refusal: Refusal) -> JSONResponse:
+        headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
+        return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> JSONResponse:
+        del request
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        del request
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or None
+        return answer(Refusal(400, "invalid_request", f"{where or 'body'}: {first['msg']}", param=where))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        del request
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        return answer(
+            Refusal(error.status_code, codes.get(error.status_code, "http_error"), str(error.detail))
+        )
