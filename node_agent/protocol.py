@@ -46,7 +46,7 @@ BODY_BYTES_MAX: Final = 960 * 1024  # the request body: fits NATS' default paylo
 REQUEST_BYTES_MAX: Final = BODY_BYTES_MAX + 4 * 1024
 CONTROL_BYTES_MAX: Final = 1024
 STATUS_BYTES_MAX: Final = 128 * 1024
-TOKEN_CHARS_MAX: Final = 512  # a connection proof
+NONCE_CHARS_MAX: Final = 128  # of a NATS server
 MODELS_MAX: Final = 64  # models one node may offer
 MESSAGE_CHARS_MAX: Final = 500  # the text of a failure
 CHOICES_MAX: Final = 128  # `n`
@@ -418,17 +418,21 @@ class ReplyReader:
 
 
 # ---------------------------------------------------------------------------------------------
-# Identity: enrolment (HTTP JSON, POST {api}/api/nodes/enroll) and the proof at every connection.
+# Identity: enrolment (HTTP JSON, POST {api}/api/nodes/enroll) and the challenge at every connection.
 #
-# A node signs with an Ed25519 nkey of the user kind ("U…"). Both proofs sign a text that names its
-# purpose, so one cannot be used as the other.
+# A node signs with an Ed25519 nkey of the user kind ("U…"). It connects to NATS with that key: the
+# server sends a fresh nonce, the client signs it, and the auth callout gets all three
+# (`nats.connect_opts.nkey`, `.sig`, `nats.client_info.nonce`), so a recorded connection cannot be
+# replayed and no clock is involved. nats-server issues nonces once an nkey user is configured: give
+# the callout service itself an nkey (`accounts {AUTH {users: [{nkey: U…}]}}`, `auth_users: [U…]`;
+# seen with nats-server 2.15.1). Enrolment signs a text that names its purpose, which no nonce does.
 
 ENROLL_PATH: Final = "/api/nodes/enroll"
 
 _ENROLL_PURPOSE: Final = b"tollway enroll v1\n"
-_CONNECT_PURPOSE: Final = b"tollway connect v1\n"
 _NKEY_USER_PREFIX: Final = 20 << 3
 _SIGNATURE_BYTES: Final = 64
+_TO_URL_ALPHABET: Final = str.maketrans("+/", "-_")
 
 
 class EnrollRequest(msgspec.Struct, frozen=True):
@@ -450,55 +454,26 @@ class EnrollReply(msgspec.Struct, frozen=True):
     operator: ShortText = ""
 
 
-class ConnectProof(msgspec.Struct, array_like=True, frozen=True):
-    """Who connects, when, and a number used once. The server keeps nonces for `PROOF_SKEW_MS_MAX` × 2."""
-
-    v: int
-    node_id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    time_ms: Millis
-    nonce: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-
-
-_proof_decoder: Final = msgspec.msgpack.Decoder(ConnectProof)
-
-
 def enroll_signing_bytes(token: str, public_key: str, time_ms: int) -> bytes:
     """What an agent signs to enrol."""
     return _ENROLL_PURPOSE + f"{token}\n{public_key}\n{time_ms}".encode()
 
 
-def connect_signing_bytes(payload: bytes) -> bytes:
-    """What an agent signs to connect: the encoded `ConnectProof` under its purpose."""
-    return _CONNECT_PURPOSE + payload
+def verify_connect_challenge(*, public_key: str, nonce: str, signature: str) -> None:
+    """Return if `public_key` signed the server's `nonce`; else raise `ProofInvalidError`.
 
-
-def join_connect_token(payload: bytes, signature: bytes) -> str:
-    """Give back the NATS auth token: base64url(proof) "." base64url(signature)."""
-    return f"{to_base64url(payload)}.{to_base64url(signature)}"
-
-
-def parse_connect_token(token: str) -> ConnectProof:
-    """Give back what `token` claims, unverified: only to find the public key to verify it with."""
-    payload, _ = _split_connect_token(token)
-    return _decode(_proof_decoder, payload, TOKEN_CHARS_MAX, "connection proof")
-
-
-def verify_connect_proof(token: str, public_key: str, now_ms: int) -> ConnectProof:
-    """Give back the proof if `public_key` signed it within 30 s of `now_ms`; raises `ProtocolError`.
-
-    The caller refuses a nonce it saw within the last minute, so a copied token is worth nothing.
+    `signature` is base64 of either alphabet, as NATS clients differ. The key is the node's identity:
+    look the node up by it, and refuse what is unknown or revoked.
     """
-    payload, signature = _split_connect_token(token)
-    proof = _decode(_proof_decoder, payload, TOKEN_CHARS_MAX, "connection proof")
-    _check_signature(public_key, connect_signing_bytes(payload), signature)
-    _check_time(proof.time_ms, now_ms)
-    return proof
+    if not nonce or len(nonce) > NONCE_CHARS_MAX:
+        raise ProofInvalidError("the server sent no nonce: is an nkey user configured?")
+    _check_signature(public_key, nonce.encode(), _from_base64(signature))
 
 
 def verify_enroll_request(request: EnrollRequest, now_ms: int) -> None:
     """Return if the sender holds the private key of `request.public_key`; else raise `ProofInvalidError`."""
     signed = enroll_signing_bytes(request.token, request.public_key, request.time_ms)
-    _check_signature(request.public_key, signed, _from_base64url(request.signature))
+    _check_signature(request.public_key, signed, _from_base64(request.signature))
     _check_time(request.time_ms, now_ms)
 
 
@@ -537,22 +512,14 @@ def _check_time(time_ms: int, now_ms: int) -> None:
         raise ProofInvalidError(f"the clocks differ by {skew_ms} ms, {PROOF_SKEW_MS_MAX} are allowed")
 
 
-def _split_connect_token(token: str) -> tuple[bytes, bytes]:
-    if len(token) > TOKEN_CHARS_MAX:
-        raise MessageTooLargeError(f"a connection proof has at most {TOKEN_CHARS_MAX} characters")
-    payload, dot, signature = token.partition(".")
-    if not dot:
-        raise MessageMalformedError("a connection proof is two parts joined by a dot")
-    return _from_base64url(payload), _from_base64url(signature)
-
-
 def to_base64url(data: bytes) -> str:
     """Give back `data` in URL-safe base64 without padding."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def _from_base64url(text: str) -> bytes:
+def _from_base64(text: str) -> bytes:
+    plain = text.rstrip("=").translate(_TO_URL_ALPHABET)
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MessageMalformedError("not base64url") from error
+        raise ProofInvalidError("the signature is not base64") from error
