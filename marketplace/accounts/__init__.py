@@ -1,0 +1,1 @@
+"""People, their wallets, sessions and API keys: who may do what, and how they prove it."""
