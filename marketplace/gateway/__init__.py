@@ -1,0 +1,1 @@
+"""The OpenAI-compatible surface: one lean route for chat, ordinary FastAPI for everything else."""

@@ -1,0 +1,232 @@
+"""Turning a node's typed frames into OpenAI's answer.  Pure: bytes out, no I/O.
+
+We write our own JSON and SSE from typed fields, so a node can inject no event, header or `[DONE]`
+(A73), and keep what counting needs: every choice's text and token ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from node_agent.protocol import ChoiceDelta, Delta, TokenLogprob, ToolCallDelta
+
+DONE: Final = b"data: [DONE]\n\n"
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class UsageOut(msgspec.Struct, omit_defaults=True):
+    """OpenAI's usage object, and what the request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cost: str
+    """Dollars, a decimal string."""
+    cost_nano: int
+    receipt_id: str
+    counted_by: str
+
+
+class _ChoiceOut(msgspec.Struct):
+    index: int
+    delta: dict[str, Any]
+    logprobs: dict[str, Any] | None
+    finish_reason: str | None
+
+
+class _Chunk(msgspec.Struct, omit_defaults=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[_ChoiceOut]
+    usage: UsageOut | None = None
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What one choice has said so far."""
+
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    has_all_ids: bool = True
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    delivered: bool = False
+
+
+FINISH_REASONS: Final = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
+
+
+def _logprobs_out(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None:
+    if not logprobs:
+        return None
+    content = [
+        {
+            "token": entry.token,
+            "logprob": entry.logprob,
+            "bytes": entry.bytes,
+            "top_logprobs": [
+                {"token": top.token, "logprob": top.logprob, "bytes": top.bytes} for top in entry.top
+            ],
+        }
+        for entry in logprobs
+    ]
+    return {"content": content}
+
+
+def _tool_calls_out(calls: list[ToolCallDelta]) -> list[dict[str, Any]]:
+    out = []
+    for call in calls:
+        function = {
+            name: value
+            for name, value in (("name", call.name), ("arguments", call.arguments))
+            if value is not None
+        }
+        entry: dict[str, Any] = {"index": call.index, "function": function}
+        if call.id is not None:
+            entry |= {"id": call.id, "type": "function"}
+        out.append(entry)
+    return out
+
+
+class Answer:
+    """One request's answer as it grows."""
+
+    def __init__(self, *, request_id: str, model: str, created_s: int) -> None:
+        self.request_id = request_id
+        self._model = model
+        self._created_s = created_s
+        self._choices: dict[int, _Choice] = {}
+        self.prompt_reported: int | None = None
+        self.completion_reported: int | None = None
+        self.has_begun = False
+        """A part of the answer came from the node: from here on another node cannot take over."""
+
+    def take(self, frame: Delta) -> None:
+        """Add a frame's content to the record."""
+        self.has_begun = True
+        if frame.prompt_tokens is not None:
+            self.prompt_reported = frame.prompt_tokens
+        if frame.completion_tokens is not None:
+            self.completion_reported = frame.completion_tokens
+        for delta in frame.choices:
+            self._take_choice(delta)
+
+    def _take_choice(self, delta: ChoiceDelta) -> None:
+        choice = self._choices.setdefault(delta.index, _Choice())
+        if delta.content:
+            choice.text.append(delta.content)
+        if delta.reasoning:
+            choice.reasoning.append(delta.reasoning)
+        if delta.token_ids:
+            choice.ids.extend(delta.token_ids)
+        elif delta.content or delta.reasoning or delta.tool_calls:
+            choice.has_all_ids = False
+        if delta.logprobs:
+            choice.logprobs.extend(delta.logprobs)
+        for call in delta.tool_calls or ():
+            known = choice.tool_calls.setdefault(call.index, {"name": "", "arguments": "", "id": None})
+            known["name"] += call.name or ""
+            known["arguments"] += call.arguments or ""
+            known["id"] = call.id or known["id"]
+        if delta.finish_reason is not None:
+            choice.finish_reason = delta.finish_reason if delta.finish_reason in FINISH_REASONS else "stop"
+            choice.stop_reason = delta.stop_reason
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the first choice ended, for the usage row."""
+        first = self._choices.get(0)
+        return None if first is None else first.finish_reason
+
+    def written(self) -> list[tuple[list[int], str, bool, bool]]:
+        """Give per choice: (token ids, everything said as text, were all ids told, was it cut at a stop)."""
+        out = []
+        for choice in self._choices.values():
+            calls = "".join(str(call["name"]) + str(call["arguments"]) for call in choice.tool_calls.values())
+            text = "".join(choice.reasoning) + "".join(choice.text) + calls
+            is_plain = not choice.reasoning and not choice.tool_calls
+            out.append((choice.ids, text, choice.has_all_ids and is_plain, choice.stop_reason is not None))
+        return out
+
+    def chunk(self, frame: Delta, usage: UsageOut | None = None) -> bytes:
+        """Write a frame as SSE events: one per engine event, the usage on the last."""
+        if not frame.choices:
+            return b""
+        last = len(frame.choices) - 1
+        return b"".join(
+            self._event([self._choice_out(delta)], usage if at == last else None)
+            for at, delta in enumerate(frame.choices)
+        )
+
+    def _choice_out(self, delta: ChoiceDelta) -> _ChoiceOut:
+        out: dict[str, Any] = {}
+        choice = self._choices[delta.index]
+        if not choice.delivered:
+            out["role"] = "assistant"
+            out["content"] = ""
+            choice.delivered = True
+        if delta.content is not None:
+            out["content"] = delta.content
+        if delta.reasoning is not None:
+            out["reasoning_content"] = delta.reasoning
+        if delta.tool_calls:
+            out["tool_calls"] = _tool_calls_out(delta.tool_calls)
+        finish = choice.finish_reason if delta.finish_reason is not None else None
+        return _ChoiceOut(delta.index, out, _logprobs_out(delta.logprobs), finish)
+
+    def _event(self, choices: list[_ChoiceOut], usage: UsageOut | None) -> bytes:
+        chunk = _Chunk(self.request_id, "chat.completion.chunk", self._created_s, self._model, choices, usage)
+        return b"data: " + _encode(chunk) + b"\n\n"
+
+    def usage_event(self, usage: UsageOut) -> bytes:
+        """Write OpenAI's trailing usage chunk (`stream_options.include_usage`)."""
+        return self._event([], usage)
+
+    def completion(self, usage: UsageOut) -> bytes:
+        """Write the whole answer as one JSON object."""
+        choices = []
+        for index in sorted(self._choices):
+            choice = self._choices[index]
+            message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text)}
+            if choice.reasoning:
+                message["reasoning_content"] = "".join(choice.reasoning)
+            if choice.tool_calls:
+                message["tool_calls"] = [
+                    {
+                        "id": call["id"],
+                        "type": "function",
+                        "function": {"name": call["name"], "arguments": call["arguments"]},
+                    }
+                    for _, call in sorted(choice.tool_calls.items())
+                ]
+            choices.append(
+                {
+                    "index": index,
+                    "message": message,
+                    "logprobs": _logprobs_out(choice.logprobs),
+                    "finish_reason": choice.finish_reason or "stop",
+                }
+            )
+        return _encode(
+            {
+                "id": self.request_id,
+                "object": "chat.completion",
+                "created": self._created_s,
+                "model": self._model,
+                "choices": choices,
+                "usage": usage,
+            }
+        )
+
+
+def error_event(body: dict[str, Any]) -> bytes:
+    """Write an error inside a stream that has begun."""
+    return b"data: " + _encode(body) + b"\n\n"

@@ -1,0 +1,1 @@
+"""What a request costs: pure counting, bounds and settlement.  No I/O."""
