@@ -1,0 +1,304 @@
+"""A lane: one poster's exclusive hash chain, and the one transaction that extends it by a batch.
+
+Exclusive means an advisory lock held by the lane's own database session.  When that session is lost,
+whoever gets the lock next knows that no transaction of the old session is still running; so after a
+lost commit, the head of the chain tells for certain whether the batch landed.
+
+The transaction: COPY the rows, lock leases by id, lock balances by account id, consume leases and move
+balances (each row once), append to the chain.  It talks to asyncpg below SQLAlchemy: binary COPY.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from marketplace.ledger import templates
+from marketplace.ledger.accounts import LOSS, ensure_account, platform_revenue
+from marketplace.ledger.charges import (
+    COLUMNS,
+    COPY_HEADER,
+    COPY_TRAILER,
+    GENESIS,
+    Charge,
+    CountedBy,
+    extend_chain,
+    pack,
+)
+from marketplace.ledger.errors import LedgerUnavailable
+from marketplace.ledger.ids import NewId
+from marketplace.ledger.lease_book import Hold
+from marketplace.ledger.money import Nano
+
+LANES_MAX: Final = 64
+_LOCK_CLASS: Final = 0x6C616E65
+"""First half of the advisory lock's key ("lane"); the second is the lane's number."""
+
+_SESSION: Final = (
+    # A server that lost us frees the lane within seconds.
+    "SET idle_in_transaction_session_timeout = '10s'",
+    "SET tcp_keepalives_idle = 5",
+    "SET tcp_keepalives_interval = 2",
+    "SET tcp_keepalives_count = 3",
+)
+_HEAD: Final = "SELECT n, hash FROM batches WHERE lane = $1 ORDER BY n DESC LIMIT 1"
+_LOCK_LEASES: Final = """
+    SELECT id, buyer, amount FROM leases WHERE id = ANY($1::uuid[]) ORDER BY id FOR NO KEY UPDATE"""
+_LOCK_BALANCES: Final = """
+    SELECT account_id, posted, held, floor FROM balances
+    WHERE account_id = ANY($1::bigint[]) ORDER BY account_id FOR NO KEY UPDATE"""
+_WRITE: Final = """
+    WITH spent AS (
+        UPDATE leases l SET amount = l.amount - u.used
+        FROM unnest($1::uuid[], $2::bigint[]) AS u (id, used) WHERE l.id = u.id
+    ), moved AS (
+        UPDATE balances b SET posted = b.posted + u.posted, held = b.held - u.unheld
+        FROM unnest($3::bigint[], $4::bigint[], $5::bigint[]) AS u (account, posted, unheld)
+        WHERE b.account_id = u.account
+    )
+    INSERT INTO batches (lane, n, first_id, last_id, rows, sum, prev_hash, hash)
+    VALUES ($6, $7, $8, $9, $10, $11, $12, $13)"""
+_OWNERS: Final = "SELECT id, owner FROM accounts WHERE id = ANY($1::bigint[])"
+_INSERT_TRANSFER: Final = """
+    INSERT INTO transfers (id, kind, debit, credit, amount, ref, input_hash)
+    VALUES ($1, $2, $3, $4, $5, $6, $7)"""
+_STORED: Final = f"SELECT {', '.join(COLUMNS)} FROM charges WHERE id = ANY($1::uuid[])"  # noqa: S608 - constants only
+
+
+class NeedsLossAccountError(Exception):
+    """A floor would break: the transaction must be repeated with the loss account locked too."""
+
+
+class MissingAccountsError(Exception):
+    """Charges name accounts that do not exist."""
+
+    def __init__(self, accounts: frozenset[int]) -> None:
+        super().__init__(f"no balance for {sorted(accounts)}")
+        self.accounts = accounts
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A charge accepted for posting, and who waits for it."""
+
+    charge: Charge
+    hold: Hold | None
+    outcome: asyncio.Future[bool]
+    give_up_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A batch about to be committed: enough to recognise it in the chain afterwards."""
+
+    n: int
+    previous: bytes
+    hash: bytes
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """A claimed lane; `n` and `hash` are the head of its chain."""
+
+    number: int
+    revenue: int
+    loss: int
+    n: int
+    hash: bytes
+    connection: AsyncConnection
+    driver: asyncpg.Connection[asyncpg.Record]
+
+    async def drop(self) -> None:
+        """End the session, and with it the claim."""
+        await self.connection.invalidate()
+        await self.connection.close()
+
+    def prepare(self, charges: Sequence[Charge]) -> tuple[Attempt, list[bytes]]:
+        rows = [pack(charge, self.number, self.n + 1) for charge in charges]
+        return Attempt(self.n + 1, self.hash, extend_chain(self.hash, rows)), rows
+
+
+async def claim(engine: AsyncEngine, number: int | None, *, patience_s: float) -> Lane:
+    """Claim this lane, waiting for its last holder to go, or (None) the first free one.
+
+    Raises `LedgerUnavailable` when no lane came free in time.
+    """
+    connection = await engine.connect()
+    try:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert isinstance(driver, asyncpg.Connection)
+        for setting in _SESSION:
+            await driver.execute(setting)
+        claimed = await _lock(driver, number, patience_s)
+        async with connection.begin():
+            revenue = await ensure_account(connection, platform_revenue(claimed))
+            loss = await ensure_account(connection, LOSS)
+        head = await driver.fetchrow(_HEAD, claimed)
+    except BaseException:
+        await connection.invalidate()
+        await connection.close()
+        raise
+    n, last = (0, GENESIS) if head is None else (head["n"], head["hash"])
+    return Lane(claimed, revenue, loss, n, last, connection, driver)
+
+
+async def _lock(driver: asyncpg.Connection[asyncpg.Record], number: int | None, patience_s: float) -> int:
+    clock = asyncio.get_running_loop().time
+    give_up_at = clock() + patience_s
+    while True:
+        for lane in range(LANES_MAX) if number is None else (number,):
+            if await driver.fetchval("SELECT pg_try_advisory_lock($1, $2)", _LOCK_CLASS, lane):
+                return lane
+        if clock() >= give_up_at:
+            raise LedgerUnavailable("no poster lane came free")
+        await asyncio.sleep(0.05)
+
+
+@dataclass(slots=True)
+class _Moves:
+    """What a batch does to each row, before the rows are known."""
+
+    buyers: dict[int, int] = field(default_factory=dict)
+    operators: dict[int, int] = field(default_factory=dict)
+    leases: dict[UUID, int] = field(default_factory=dict)
+    last_charge: dict[int, UUID] = field(default_factory=dict)
+    fees: int = 0
+    total: int = 0
+
+
+def _moves(part: Sequence[Waiting]) -> _Moves:
+    moves = _Moves()
+    buyers, operators, leases = moves.buyers, moves.operators, moves.leases
+    for waiting in part:
+        charge, hold = waiting.charge, waiting.hold
+        amount, fee = charge.amount.n, charge.fee.n
+        if not amount or charge.operator is None:
+            continue
+        buyers[charge.buyer] = buyers.get(charge.buyer, 0) + amount
+        operators[charge.operator] = operators.get(charge.operator, 0) + amount - fee
+        moves.fees += fee
+        moves.total += amount
+        moves.last_charge[charge.buyer] = charge.id
+        if hold is not None and hold.amount_nano:
+            used = min(amount, hold.amount_nano)
+            leases[hold.lease_id] = leases.get(hold.lease_id, 0) + used
+    return moves
+
+
+async def commit(
+    lane: Lane,
+    part: Sequence[Waiting],
+    attempt: Attempt,
+    rows: Sequence[bytes],
+    *,
+    with_loss: bool,
+    new_id: NewId,
+) -> None:
+    """One transaction: the batch is durable when this returns; on any exception ask the chain's head."""
+    driver, moves = lane.driver, _moves(part)
+    ids = [waiting.charge.id for waiting in part]
+    async with driver.transaction():
+        source = io.BytesIO(b"".join((COPY_HEADER, *rows, COPY_TRAILER)))
+        await driver.copy_to_table("charges", source=source, format="binary", columns=COLUMNS)
+        used, unheld = await _lock_leases(driver, moves)
+        posted = await _lock_and_move(lane, moves, unheld, with_loss=with_loss, new_id=new_id)
+        await driver.execute(
+            _WRITE,
+            list(used),
+            list(used.values()),
+            list(posted),
+            list(posted.values()),
+            [unheld.get(account, 0) for account in posted],
+            lane.number,
+            attempt.n,
+            ids[0],
+            ids[-1],
+            len(part),
+            moves.total,
+            attempt.previous,
+            attempt.hash,
+        )
+    lane.n, lane.hash = attempt.n, attempt.hash
+
+
+async def _lock_leases(
+    driver: asyncpg.Connection[asyncpg.Record], moves: _Moves
+) -> tuple[dict[UUID, int], dict[int, int]]:
+    """(consumed by lease, consumed by buyer): what is there; a reaped lease gives nothing."""
+    used: dict[UUID, int] = {}
+    unheld: dict[int, int] = {}
+    if not moves.leases:
+        return used, unheld
+    for row in await driver.fetch(_LOCK_LEASES, list(moves.leases)):
+        part = min(row["amount"], moves.leases[row["id"]])
+        used[row["id"]] = part
+        unheld[row["buyer"]] = unheld.get(row["buyer"], 0) + part
+    return used, unheld
+
+
+async def _lock_and_move(
+    lane: Lane, moves: _Moves, unheld: Mapping[int, int], *, with_loss: bool, new_id: NewId
+) -> dict[int, int]:
+    """Lock every balance the batch moves; give back what is to be added to each one's posted."""
+    if not moves.total:
+        return {}
+    wanted = {*moves.buyers, *moves.operators, lane.revenue, *([lane.loss] if with_loss else [])}
+    locked = {row["account_id"]: row for row in await lane.driver.fetch(_LOCK_BALANCES, list(wanted))}
+    if len(locked) != len(wanted):
+        raise MissingAccountsError(frozenset(wanted - locked.keys()))
+    shortfalls: dict[int, int] = {}
+    for account, amount in moves.buyers.items():
+        row = locked[account]
+        available = row["posted"] - amount - (row["held"] - unheld.get(account, 0))
+        if row["floor"] is not None and available < row["floor"]:
+            shortfalls[account] = row["floor"] - available
+    if shortfalls and not with_loss:
+        raise NeedsLossAccountError
+    posted = dict.fromkeys(wanted, 0)
+    for account, amount in moves.buyers.items():
+        posted[account] += shortfalls.get(account, 0) - amount
+    for account, amount in moves.operators.items():
+        posted[account] += amount
+    posted[lane.revenue] += moves.fees
+    if shortfalls:
+        posted[lane.loss] -= sum(shortfalls.values())
+        await _carry(lane, moves, shortfalls, new_id)
+    return posted
+
+
+async def _carry(lane: Lane, moves: _Moves, shortfalls: Mapping[int, int], new_id: NewId) -> None:
+    """Put on record what the platform carries for buyers whose lease was gone when the charge came."""
+    owners = {row["id"]: row["owner"] for row in await lane.driver.fetch(_OWNERS, list(shortfalls))}
+    for account, amount in shortfalls.items():
+        ref = str(moves.last_charge[account])
+        transfer = templates.uncollectable(person=owners[account], amount=Nano(amount), ref=ref)
+        await lane.driver.execute(
+            _INSERT_TRANSFER,
+            new_id(),
+            transfer.kind.value,
+            lane.loss,
+            account,
+            amount,
+            ref,
+            transfer.input_hash,
+        )
+
+
+async def stored(lane: Lane, ids: Sequence[UUID]) -> dict[UUID, Charge]:
+    """Which of these charges are on record already, as they were posted."""
+    return {row["id"]: charge_of(row) for row in await lane.driver.fetch(_STORED, list(ids))}
+
+
+def charge_of(row: Mapping[str, object] | asyncpg.Record) -> Charge:
+    """A charge as stored (its lane and batch left aside)."""
+    values = {name: row[name] for name in COLUMNS if name not in {"lane", "batch"}}
+    values["amount"], values["fee"] = Nano(row["amount"]), Nano(row["fee"])  # type: ignore[arg-type]  # BIGINT
+    values["counted_by"] = CountedBy(row["counted_by"])  # type: ignore[arg-type]  # SMALLINT
+    return Charge(**values)  # type: ignore[arg-type]  # the columns are the fields

@@ -1,0 +1,293 @@
+"""The service that keeps a process's lease book supplied from the database.
+
+    keeper = LeaseKeeper(engine, worker="gateway-…")
+    async with keeper:
+        hold = await keeper.authorise(buyer, bound, minimum=smallest_useful)
+        …
+        await poster.post(charge, hold)     # settles the hold
+        keeper.release(hold)                # in a `finally`: harmless after the line above
+
+Fast path: memory only.  Slow path, one at a time per buyer: take or extend a lease that covers the
+request.  In the background: a slice below half is refilled, slices in use are renewed every third of
+their time to live, idle ones and excess are returned, expired ones of dead processes are reaped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+from uuid import UUID
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from marketplace.ledger import leases
+from marketplace.ledger.errors import InsufficientFunds, LedgerUnavailable
+from marketplace.ledger.ids import NewId, uuid7
+from marketplace.ledger.lease_book import Hold, LeaseBook, Slice
+from marketplace.ledger.leases import LEASE_TTL_MS, REAP_MARGIN_MS, SLICE_MAX, Granted
+from marketplace.ledger.money import ZERO, Nano
+
+_log = logging.getLogger(__name__)
+
+STOP_BEFORE_EXPIRY_MS: Final = 1_000
+"""A slice is not used in its last second: the database's clock may run faster than ours."""
+_NO_LEASE: Final = UUID(int=0)
+_NS_PER_MS: Final = 1_000_000
+_UNREACHABLE: Final = (OSError, SQLAlchemyError, TimeoutError)
+
+
+class LeaseKeeper:
+    """Authorises requests; owns the process's slices from `start` to `close`."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        *,
+        worker: str,
+        new_id: NewId = uuid7,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+        ttl_ms: int = LEASE_TTL_MS,
+        slice_max: Nano = SLICE_MAX,
+    ) -> None:
+        """`worker` names this process and no other, not even its own predecessor."""
+        self._engine = engine
+        self._worker = worker
+        self._new_id = new_id
+        self._clock_ns = clock_ns
+        self._ttl_ms = ttl_ms
+        self._stop_early_ms = min(STOP_BEFORE_EXPIRY_MS, ttl_ms // 5)
+        self._slice_max = slice_max
+        self._book = LeaseBook(clock_ns)
+        self._locks: dict[int, asyncio.Lock] = {}
+        self._refilling: dict[int, asyncio.Task[None]] = {}
+        self._keeping: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def book(self) -> LeaseBook:
+        """The slices in memory, to look at."""
+        return self._book
+
+    async def start(self) -> None:
+        self._keeping = asyncio.create_task(self._keep(), name="lease-keeper")
+
+    async def close(self) -> None:
+        """Return every slice that has no open hold; the others expire.  End holds first."""
+        self._is_closed = True
+        tasks = [*self._refilling.values(), *([self._keeping] if self._keeping else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for part in self._book:
+            await self._return_idle(part.buyer, unused_since_ns=self._clock_ns())
+
+    async def authorise(self, buyer: int, amount: Nano, *, minimum: Nano | None = None) -> Hold:
+        """Set `amount` aside for one request of account `buyer`.
+
+        With `minimum`, a buyer who cannot afford `amount` gets a hold of what is left, at least
+        `minimum`: look at `hold.amount`.  Raises `InsufficientFunds`, `UnknownAccount`, or
+        `LedgerUnavailable` when a lease is needed and the database does not answer.
+        """
+        if amount.n < 0:
+            raise ValueError("a hold is never negative")
+        if amount.n == 0:  # a free request needs no lease
+            return Hold(Slice(_NO_LEASE, buyer, 0), 0)
+        hold = self._book.authorise(buyer, amount.n)
+        if hold is None:
+            least = amount if minimum is None else max(min(minimum, amount), Nano(1))
+            try:
+                hold = await self._authorise_slowly(buyer, amount, least)
+            except _UNREACHABLE as e:
+                raise LedgerUnavailable("no lease: the database does not answer") from e
+        if self._book.needs_refill(hold.slice):
+            self._refill_soon(hold.slice)
+        return hold
+
+    def settle(self, hold: Hold, cost: Nano) -> None:
+        """End a hold whose charge is durable (the poster calls this)."""
+        self._book.settle(hold, cost.n)
+
+    def release(self, hold: Hold) -> None:
+        """End a hold that cost nothing; harmless if its charge was posted or accepted for posting."""
+        self._book.release(hold)
+
+    async def _authorise_slowly(self, buyer: int, amount: Nano, least: Nano) -> Hold:
+        async with self._lock(buyer):
+            hold = self._book.authorise(buyer, amount.n)  # another request may have fetched enough
+            if hold is not None:
+                return hold
+            try:
+                await self._fetch(buyer, amount, least)
+            except InsufficientFunds as e:
+                # What is free in our own slice counts: it was not enough together with the rest.
+                own = self._live_free(buyer)
+                raise InsufficientFunds(str(e), available_nano=e.available_nano + own) from e
+            hold = self._book.authorise(buyer, min(amount.n, self._book.free(buyer)))
+        if hold is None or hold.amount_nano < least.n:
+            if hold is not None:
+                self._book.release(hold)
+            raise LedgerUnavailable("the lease ended before it could be used")
+        return hold
+
+    async def _fetch(self, buyer: int, amount: Nano, least: Nano) -> None:
+        """Make the buyer's slice live and at least `least` free, `amount` if there is as much."""
+        part = self._book.slice_of(buyer)
+        if part is not None and await self._revive(part):
+            if part.free_nano < amount.n:
+                await self._enlarge(part, amount, least)
+            return
+        asked_at_ns = self._clock_ns()
+        async with self._engine.begin() as conn:
+            granted = await leases.lease_up_to(
+                conn,
+                buyer,
+                self._worker,
+                minimum=least,
+                wanted=amount,
+                cap=self._slice_max,
+                ttl_ms=self._ttl_ms,
+                new_id=self._new_id,
+            )
+        self._book.add(
+            granted.lease_id,
+            buyer=buyer,
+            amount_nano=granted.amount.n,
+            usual_nano=granted.usual.n,
+            usable_until_ns=self._usable_until(asked_at_ns),
+        )
+
+    async def _revive(self, part: Slice) -> bool:
+        """Make sure that the slice is live; False if its lease was reaped."""
+        asked_at_ns = self._clock_ns()
+        if asked_at_ns < part.usable_until_ns:
+            return True
+        async with self._engine.begin() as conn:
+            alive = await leases.renew(conn, self._worker, {part.lease_id}, ttl_ms=self._ttl_ms)
+        self._book.renewed(alive, usable_until_ns=self._usable_until(asked_at_ns))
+        self._book.drop({part.lease_id} - alive)
+        return bool(alive)
+
+    async def _enlarge(self, part: Slice, amount: Nano, least: Nano) -> None:
+        missing, asked_at_ns = amount.n - part.free_nano, self._clock_ns()
+        try:
+            granted = await self._extend(part, Nano(max(1, least.n - part.free_nano)), Nano(missing))
+        except InsufficientFunds:
+            if part.free_nano < least.n:
+                raise
+            return
+        if granted is None:  # reaped between two statements: the caller's next attempt takes a new lease
+            self._book.drop({part.lease_id})
+            raise LedgerUnavailable("the lease ended before it could be used")
+        self._grow(part, granted, asked_at_ns)
+
+    async def _extend(self, part: Slice, minimum: Nano, wanted: Nano) -> Granted | None:
+        async with self._engine.begin() as conn:
+            return await leases.extend(
+                conn,
+                part.lease_id,
+                part.buyer,
+                minimum=minimum,
+                wanted=wanted,
+                cap=self._slice_max,
+                ttl_ms=self._ttl_ms,
+            )
+
+    def _grow(self, part: Slice, granted: Granted, asked_at_ns: int) -> None:
+        until = self._usable_until(asked_at_ns)
+        self._book.grow(part, amount_nano=granted.amount.n, usual_nano=granted.usual.n, usable_until_ns=until)
+
+    def _usable_until(self, asked_at_ns: int) -> int:
+        return asked_at_ns + (self._ttl_ms - self._stop_early_ms) * _NS_PER_MS
+
+    def _live_free(self, buyer: int) -> int:
+        part = self._book.slice_of(buyer)
+        return 0 if part is None else part.free_nano
+
+    def _lock(self, buyer: int) -> asyncio.Lock:
+        return self._locks.setdefault(buyer, asyncio.Lock())
+
+    def _refill_soon(self, part: Slice) -> None:
+        if part.buyer not in self._refilling and not self._is_closed:
+            task = asyncio.create_task(self._refill(part), name="lease-refill")
+            self._refilling[part.buyer] = task
+            task.add_done_callback(lambda _: self._refilling.pop(part.buyer, None))
+
+    async def _refill(self, part: Slice) -> None:
+        try:
+            async with self._lock(part.buyer):
+                if self._book.slice_of(part.buyer) is not part or not self._book.needs_refill(part):
+                    return
+                asked_at_ns = self._clock_ns()
+                granted = await self._extend(part, Nano(1), ZERO)
+                if granted is None:
+                    self._book.drop({part.lease_id})
+                else:
+                    self._grow(part, granted, asked_at_ns)
+        except InsufficientFunds:
+            part.usual_nano = 0  # nothing left to refill from: the slow path decides from here on
+        except _UNREACHABLE:
+            _log.warning("a lease could not be refilled", exc_info=True)
+            await asyncio.sleep(self._ttl_ms / 10_000)  # holds off the next attempt
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(self._ttl_ms / 3_000)
+            try:
+                await self.tend()
+            except _UNREACHABLE:
+                _log.warning("leases could not be renewed; they lapse", exc_info=True)
+
+    async def tend(self) -> None:
+        """One round of upkeep: return idle slices and excess, renew the rest, reap what others left."""
+        idle_since_ns = self._clock_ns() - self._ttl_ms * _NS_PER_MS
+        for part in self._book:
+            await self._return_idle(part.buyer, unused_since_ns=idle_since_ns)
+        for part in self._book:
+            await self._return_excess(part)
+        asked, asked_at_ns = {part.lease_id for part in self._book}, self._clock_ns()
+        async with self._engine.begin() as conn:
+            alive = await leases.renew(conn, self._worker, asked, ttl_ms=self._ttl_ms) if asked else set()
+        self._book.renewed(alive, usable_until_ns=self._usable_until(asked_at_ns))
+        self._book.drop(asked - alive)
+        async with self._engine.begin() as conn:
+            await leases.reap(conn, margin_ms=REAP_MARGIN_MS)
+        self._forget_locks()
+
+    async def _return_idle(self, buyer: int, *, unused_since_ns: int) -> None:
+        async with self._lock(buyer):
+            part = self._book.take_out_idle(buyer, unused_since_ns=unused_since_ns)
+            if part is None:
+                return
+            with contextlib.suppress(*_UNREACHABLE):  # then it expires and is reaped
+                async with self._engine.begin() as conn:
+                    await leases.give_back(conn, part.lease_id)
+
+    async def _return_excess(self, part: Slice) -> None:
+        async with self._lock(part.buyer):
+            excess = self._book.take_excess(part)
+            if not excess:
+                return
+            async with self._engine.begin() as conn:  # if this fails, the excess waits in the lease
+                await leases.shrink(conn, part.lease_id, Nano(excess))
+
+    def _forget_locks(self) -> None:
+        self._locks = {
+            buyer: lock
+            for buyer, lock in self._locks.items()
+            if lock.locked() or self._book.slice_of(buyer) is not None
+        }
