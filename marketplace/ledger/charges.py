@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final, Protocol
 from uuid import UUID
 
 from marketplace.ledger.ids import made_at
@@ -99,6 +99,20 @@ class Charge:
     def made_at(self) -> datetime:
         """When the request arrived: the time in its id."""
         return made_at(self.id)
+
+
+class Row(Protocol):
+    """A row of `charges`, by column name, as either driver gives it."""
+
+    def __getitem__(self, column: str, /) -> Any: ...
+
+
+def charge_of(row: Row) -> Charge:
+    """A charge as stored (its lane and batch left aside)."""
+    values = {name: row[name] for name in COLUMNS if name not in {"lane", "batch"}}
+    values["amount"], values["fee"] = Nano(values["amount"]), Nano(values["fee"])
+    values["counted_by"] = CountedBy(values["counted_by"])
+    return Charge(**values)
 
 
 _HEAD: Final = struct.Struct(">hi16siqiqiqiqi16si")

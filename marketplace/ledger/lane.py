@@ -28,7 +28,7 @@ from marketplace.ledger.charges import (
     COPY_TRAILER,
     GENESIS,
     Charge,
-    CountedBy,
+    charge_of,
     extend_chain,
     pack,
 )
@@ -294,11 +294,3 @@ async def _carry(lane: Lane, moves: _Moves, shortfalls: Mapping[int, int], new_i
 async def stored(lane: Lane, ids: Sequence[UUID]) -> dict[UUID, Charge]:
     """Which of these charges are on record already, as they were posted."""
     return {row["id"]: charge_of(row) for row in await lane.driver.fetch(_STORED, list(ids))}
-
-
-def charge_of(row: Mapping[str, object] | asyncpg.Record) -> Charge:
-    """A charge as stored (its lane and batch left aside)."""
-    values = {name: row[name] for name in COLUMNS if name not in {"lane", "batch"}}
-    values["amount"], values["fee"] = Nano(row["amount"]), Nano(row["fee"])  # type: ignore[arg-type]  # BIGINT
-    values["counted_by"] = CountedBy(row["counted_by"])  # type: ignore[arg-type]  # SMALLINT
-    return Charge(**values)  # type: ignore[arg-type]  # the columns are the fields
