@@ -1,0 +1,375 @@
+"""`tollway-node`: what an operator types."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn, get_args
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from node_agent import config as settings
+from node_agent.config import ConfigError, EngineSettings, Model
+from node_agent.enroll import EnrollError, enroll
+from node_agent.identity import IdentityError, create_identity, load_identity
+from node_agent.prices import Per, PriceError, format_price, parse_price
+from node_agent.service import LocalStatus, Service, read_local_status
+
+STALE_MS: Final = 20_000
+LOCK_FILE: Final = "agent.lock"
+
+app = typer.Typer(
+    help="Run a Tollway node: serve models from your own engine, at your own price.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+prices_app = typer.Typer(help="What your models cost.", no_args_is_help=True)
+models_app = typer.Typer(help="Which models you offer, and from which engine.", no_args_is_help=True)
+app.add_typer(prices_app, name="prices")
+app.add_typer(models_app, name="models")
+
+_out = Console()
+_err = Console(stderr=True)
+
+DataDir = Annotated[
+    Path,
+    typer.Option("--data-dir", envvar="TOLLWAY_NODE_DIR", help="Where key, settings and journal are kept."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+_HOME: Final = Path.home() / ".tollway-node"
+
+
+def version() -> str:
+    """The installed version; "0" in a bare source tree."""
+    try:
+        return importlib.metadata.version("tollway")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+# -- enrol ----------------------------------------------------------------------------------------
+
+
+@app.command("enroll")
+def enroll_command(
+    token: Annotated[str, typer.Argument(help="The one-use token from the operator page.")],
+    api: Annotated[
+        str, typer.Option("--api", help="The marketplace's address, such as https://tollway.example.")
+    ],
+    data_dir: DataDir = _HOME,
+    name: Annotated[str, typer.Option(help="A name for this machine.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Bind this machine to your operator account."""
+    with _plain_errors():
+        identity = create_identity(data_dir)
+        request = identity.enroll_request(
+            token=token, name=name, time_ms=time.time_ns() // 1_000_000, agent_version=version()
+        )
+        reply = asyncio.run(enroll(api, request))
+        settings.write_first_config(data_dir, reply, api=api, name=name)
+    if as_json:
+        _print_json({"node_id": reply.node_id, "public_key": identity.public_key, "data_dir": str(data_dir)})
+        return
+    _out.print(f"This machine is node [bold]{reply.node_id}[/] of {reply.operator or 'your account'}.")
+    _out.print(
+        f"Now add a model: tollway-node models add NAME …   (settings: {data_dir / settings.CONFIG_FILE})"
+    )
+
+
+# -- run ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    data_dir: DataDir = _HOME,
+    nats_url: Annotated[
+        str,
+        typer.Option(envvar="TOLLWAY_NODE_NATS_URL", help="Another fabric address than the enrolled one."),
+    ] = "",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve until Ctrl-C or SIGTERM; running requests are finished first, a second signal cuts them."""
+    with _plain_errors():
+        level = logging.getLevelNamesMapping().get(log_level.upper())
+        if level is None:
+            raise ConfigError(f"no log level {log_level!r}; choose debug, info, warning or error")
+        logging.basicConfig(
+            level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
+        config = settings.load_config(data_dir)
+        if nats_url:
+            config = msgspec.structs.replace(config, nats_url=nats_url)
+        identity = load_identity(data_dir)
+        with _only_one(data_dir):
+            service = Service(config, identity, data_dir, version=version())
+            asyncio.run(_serve(service))
+
+
+async def _serve(service: Service) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        _on_signal(loop, number, service.stop)
+    await service.run()
+
+
+def _on_signal(loop: asyncio.AbstractEventLoop, number: int, action: Callable[[], None]) -> None:
+    try:
+        loop.add_signal_handler(number, action)
+    except NotImplementedError:  # Windows
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(action))
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that one identity is never used by two agents."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with (folder / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"an agent already runs with {folder}") from error
+        yield
+
+
+# -- look -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def status(data_dir: DataDir = _HOME, as_json: Json = False) -> None:
+    """Show what the running agent does; exit status 1 if none runs."""
+    found = read_local_status(data_dir)
+    is_running = found is not None and _is_current(found)
+    if as_json:
+        _print_json({"is_running": is_running, "status": msgspec.to_builtins(found) if is_running else None})
+    elif found is None or not is_running:
+        _out.print("No agent runs here. Start it: tollway-node run")
+    else:
+        _show(found)
+    if not is_running:
+        raise typer.Exit(1)
+
+
+def _is_current(found: LocalStatus) -> bool:
+    if time.time_ns() // 1_000_000 - found.time_ms > STALE_MS:
+        return False
+    try:
+        os.kill(found.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _show(found: LocalStatus) -> None:
+    link = "[green]connected[/]" if found.is_connected else "[red]not connected[/]"
+    draining = ", draining" if found.is_draining else ""
+    _out.print(f"node [bold]{found.node_id}[/], {link}{draining}, {found.running} running")
+    _out.print(
+        f"since start: {found.served} served, {found.failed} failed, "
+        f"{found.prompt_tokens} tokens in, {found.completion_tokens} out"
+    )
+    table = Table("model", "state", "running", "waiting", "cache", "capacity", "$ in / 1M", "$ out / 1M")
+    for model in found.models:
+        table.add_row(
+            model.name,
+            "ready" if model.is_ready else "not ready",
+            str(model.running),
+            str(model.waiting),
+            f"{model.kv_used_permille / 10:.0f} %",
+            str(model.capacity),
+            format_price(model.price_in),
+            format_price(model.price_out),
+        )
+    _out.print(table)
+    for engine in found.engines:
+        _out.print(
+            f"engine {engine.name}: {engine.state}, {engine.restarts} restarts {engine.last_error}".rstrip()
+        )
+
+
+# -- models and prices --------------------------------------------------------------------------------
+
+
+@models_app.command("show")
+def models_show(data_dir: DataDir = _HOME, as_json: Json = False) -> None:
+    """List the models in the settings."""
+    with _plain_errors():
+        config = settings.load_config(data_dir)
+    _print_models(config, "1m", as_json=as_json)
+
+
+@models_app.command("add")
+def models_add(  # noqa: PLR0917 - typer reads options from parameters
+    name: Annotated[str, typer.Argument(help="What buyers ask for.")],
+    price_in: Annotated[str, typer.Option("--input", help="Dollars per input tokens.")],
+    price_out: Annotated[str, typer.Option("--output", help="Dollars per output tokens.")],
+    per: Annotated[str, typer.Option(help="Prices are per 1k or per 1m tokens.")] = "1m",
+    attach: Annotated[
+        str, typer.Option(help="Address of a server you run, such as http://127.0.0.1:8000.")
+    ] = "",
+    api_key: Annotated[str, typer.Option(envvar="TOLLWAY_NODE_ENGINE_KEY", help="That server's key.")] = "",
+    recipe: Annotated[str, typer.Option(help="Let the agent start an engine: vllm or vllm-cpu.")] = "",
+    model_path: Annotated[str, typer.Option(help="The model's folder, for a recipe.")] = "",
+    python: Annotated[str, typer.Option(help="The engine environment's Python, for vllm-cpu.")] = "",
+    context: Annotated[int, typer.Option(help="Longest prompt and answer together, in tokens.")] = 2048,
+    capacity: Annotated[int, typer.Option(help="Requests at once.")] = 16,
+    engine_name: Annotated[str, typer.Option(help="The model's name in the engine, if another.")] = "",
+    tokenizer_sha256: Annotated[str, typer.Option(help="Digest of the tokenizer.json in use.")] = "",
+    data_dir: DataDir = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Offer a model, from a server you run (--attach) or one the agent starts (--recipe)."""
+    with _plain_errors():
+        model = Model(
+            name=name,
+            input=Decimal(format_price(parse_price(price_in, _per(per)))),
+            output=Decimal(format_price(parse_price(price_out, _per(per)))),
+            context=context,
+            capacity=capacity,
+            engine_name=engine_name,
+            tokenizer_sha256=tokenizer_sha256,
+        )
+        engine = _engine_for(
+            model, attach=attach, api_key=api_key, recipe=recipe, model_path=model_path, python=python
+        )
+        config = settings.add_engine(data_dir, engine)
+    _print_models(config, "1m", as_json=as_json)
+
+
+def _engine_for(
+    model: Model, *, attach: str, api_key: str, recipe: str, model_path: str, python: str
+) -> EngineSettings:
+    slug = "".join(c if c.isalnum() else "-" for c in model.name)[:60].strip("-") or "engine"
+    if bool(attach) == bool(recipe):
+        raise ConfigError("give either --attach ADDRESS or --recipe vllm|vllm-cpu")
+    if attach:
+        return EngineSettings(name=slug, kind="attach", url=attach, api_key=api_key, models=[model])
+    argv = {"vllm": settings.VLLM_ARGV, "vllm-cpu": settings.VLLM_CPU_ARGV}.get(recipe)
+    if argv is None:
+        raise ConfigError(f"no recipe {recipe!r}; choose vllm or vllm-cpu")
+    if not Path(model_path).is_dir():
+        raise ConfigError(f"--model-path {model_path!r} is not a folder")
+    if recipe == "vllm-cpu" and not Path(python).is_file():
+        raise ConfigError(f"--python {python!r} is not the engine environment's Python")
+    return EngineSettings(
+        name=slug,
+        kind="spawn",
+        argv=list(argv),
+        python=python,
+        model_path=model_path,
+        environment=settings.VLLM_CPU_ENVIRONMENT if recipe == "vllm-cpu" else {},
+        models=[model],
+    )
+
+
+@prices_app.command("show")
+def prices_show(
+    per: Annotated[str, typer.Option(help="Show per 1k or per 1m tokens.")] = "1m",
+    data_dir: DataDir = _HOME,
+    as_json: Json = False,
+) -> None:
+    """List prices."""
+    with _plain_errors():
+        config = settings.load_config(data_dir)
+        unit = _per(per)
+    _print_models(config, unit, as_json=as_json)
+
+
+@prices_app.command("set")
+def prices_set(  # noqa: PLR0917 - typer reads options from parameters
+    model: str,
+    price_in: Annotated[str | None, typer.Option("--input", help="Dollars per input tokens.")] = None,
+    price_out: Annotated[str | None, typer.Option("--output", help="Dollars per output tokens.")] = None,
+    per: Annotated[str, typer.Option(help="The prices given are per 1k or per 1m tokens.")] = "1m",
+    data_dir: DataDir = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Change a model's price; a running agent takes it over within seconds."""
+    with _plain_errors():
+        if price_in is None and price_out is None:
+            raise PriceError("give --input, --output or both")
+        unit = _per(per)
+        config = settings.set_price(data_dir, model, price_in=price_in, price_out=price_out, per=unit)
+    _print_models(config, unit, as_json=as_json)
+
+
+def _per(text: str) -> Per:
+    for unit in get_args(Per):
+        if text.lower() == unit:
+            return unit  # type: ignore[no-any-return]  # get_args loses the literal's type
+    raise PriceError(f"--per is 1k or 1m, not {text!r}")
+
+
+def _print_models(config: settings.Config, per: Per, *, as_json: bool) -> None:
+    if as_json:
+        models = [
+            {
+                "model": model.name,
+                "engine": engine.name,
+                "kind": engine.kind,
+                "context": model.context,
+                "capacity": model.capacity,
+                "per": per,
+                "input": format_price(model.price_in, per),
+                "output": format_price(model.price_out, per),
+                "input_nano_per_million": model.price_in,
+                "output_nano_per_million": model.price_out,
+            }
+            for engine, model in config.models()
+        ]
+        _print_json({"node_id": config.node_id, "models": models})
+        return
+    table = Table("model", "engine", "context", "capacity", f"$ in / {per}", f"$ out / {per}")
+    for engine, model in config.models():
+        prices = (format_price(model.price_in, per), format_price(model.price_out, per))
+        table.add_row(
+            model.name, f"{engine.name} ({engine.kind})", str(model.context), str(model.capacity), *prices
+        )
+    _out.print(table)
+
+
+# -- the edge ---------------------------------------------------------------------------------------
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    sys.stdout.write(msgspec.json.encode(content).decode() + "\n")
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn what can go wrong for an operator into one sentence and exit status 1."""
+    try:
+        yield
+    except (ConfigError, IdentityError, EnrollError, PriceError) as error:
+        _end(str(error))
+    except OSError as error:
+        _end(f"{error.filename or 'the data folder'}: {error.strerror or error}")
+
+
+def _end(sentence: str) -> NoReturn:
+    _err.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
