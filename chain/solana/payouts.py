@@ -1,0 +1,280 @@
+"""Paying operators on Solana: batches of USDC from the 2-of-3 escrow, each on a durable nonce.
+
+The nonce's value is the fence: it is the transaction's blockhash, it changes when any transaction on
+it lands (even a failing one), and only then are the old bytes dead.  A batch can therefore wait days
+for its signers and still lands at most once.  Sweeps go the same way (`prepare_sweep`).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from solders.hash import Hash
+from solders.keypair import Keypair
+from solders.message import MessageV0, from_bytes_versioned, to_bytes_versioned
+from solders.pubkey import Pubkey
+from solders.signature import Signature
+from solders.transaction import VersionedTransaction
+
+from chain.errors import Malformed, Reverted, RpcUnavailable, UnknownResult, WrongChain
+from chain.networks import Chain
+from chain.ports import Approval, Landed, PayoutLine, SignedTransaction, Sweep, Unsigned
+from chain.solana import escrow as consent
+from chain.solana import programs
+from chain.solana.escrow import EscrowTerms
+from chain.solana.rpc import PREFLIGHT_FAILURE, AccountState, InContext, NodeError, SolanaRpc
+from chain.solana.sending import reason, send_and_confirm
+from chain.units import Micro
+
+FINALIZED: Final = "finalized"
+CONFIRMED: Final = "confirmed"
+ACCOUNTS_PER_REQUEST: Final = 100
+CREATES_PER_TRANSACTION: Final = 7
+"""createAssociatedTokenAccount instructions that fit (measured)."""
+
+
+class LineReverted(Reverted):
+    """One line makes the batch fail; `payout_id` names it so that the planner can split it off."""
+
+    def __init__(self, payout_id: str, why: str) -> None:
+        super().__init__(f"payout {payout_id}: {why}")
+        self.payout_id = payout_id
+
+
+class _Simulated(msgspec.Struct):
+    err: Any = None
+    logs: list[str] | None = None
+
+
+class _Blockhash(msgspec.Struct):
+    blockhash: str
+
+
+class MultisigRail:
+    """`chain.ports.PayoutRail` on Solana.
+
+    Holds the settler's gas key, which pays fees and advances the nonce; it cannot move escrow money.
+    """
+
+    chain = Chain.SOLANA
+
+    def __init__(self, rpc: SolanaRpc, terms: EscrowTerms, gas_key: Keypair) -> None:
+        if str(gas_key.pubkey()) != terms.gas_payer:
+            raise ValueError("the gas key is not the gas payer of the escrow's terms")
+        self._rpc = rpc
+        self._gas_key = gas_key
+        self._slot_floor = 0
+        """Finalized slot already seen: a lagging node must not show an older nonce as a newer one."""
+        self.terms = terms
+        self.escrow = terms.escrow
+        self.signers = terms.signers
+        self.threshold = terms.threshold
+        self.max_lines = consent.lines_max(terms)
+        """Lines of one batch; ask before planning, `prepare` raises TooManyLines above it."""
+
+    # ── preparing ─────────────────────────────────────────────────────────────────────────────────
+
+    async def prepare(self, lines: Sequence[PayoutLine]) -> Unsigned:
+        """Create missing token accounts, dry-run the batch and freeze what will be signed.
+
+        Raises BadAddress, TooManyLines; LineReverted or Reverted with the chain's reason;
+        WrongChain if the escrow on chain is not the one configured.
+        """
+        wallets = [consent.wallet(line.to) for line in lines]
+        await self.check_escrow()
+        unsigned = consent.build(self.terms, consent.PAYOUT, lines, await self._settled_fence())
+        created = await self._create_accounts(lines, wallets)
+        await self._dry_run(unsigned)
+        # For the treasury's books; `rebuild` carries it over unread.
+        context = {**unsigned.context, "token_accounts_created": str(created)}
+        return consent.rebuild(unsigned.lines, unsigned.fence, context)
+
+    async def prepare_sweep(self, moves: Sequence[tuple[str, Micro]]) -> Unsigned:
+        """Freeze a sweep of (deposit token account, amount) into the escrow, signed as a payout is."""
+        lines = [PayoutLine(f"sweep:{account}", account, amount) for account, amount in moves]
+        await self.check_escrow()
+        unsigned = consent.build(self.terms, consent.SWEEP, lines, await self._settled_fence())
+        await self._dry_run(unsigned)
+        return unsigned
+
+    async def check_escrow(self) -> None:
+        """Raise WrongChain unless multisig, escrow account and nonce on chain are the configured ones."""
+        terms = self.terms
+        keys = [terms.multisig, terms.escrow, terms.nonce_account]
+        multisig, account, nonce = await self._rpc.accounts(keys, CONFIRMED)
+        if multisig is None or account is None or nonce is None:
+            raise WrongChain("the escrow's multisig, token account or nonce account does not exist there")
+        threshold, signers = programs.multisig_account(multisig.owner, multisig.bytes())
+        if threshold != terms.threshold or sorted(signers) != sorted(terms.signers):
+            raise WrongChain(f"multisig {terms.multisig} has other signers than configured")
+        token = programs.token_account(account.owner, account.bytes())
+        if (token.mint, token.owner) != (terms.mint, terms.multisig):
+            raise WrongChain(f"{terms.escrow} is not the USDC account of multisig {terms.multisig}")
+        authority, _ = programs.nonce_account(nonce.owner, nonce.bytes())
+        if authority != terms.gas_payer:
+            raise WrongChain(f"nonce account {terms.nonce_account} obeys {authority}")
+
+    async def _settled_fence(self) -> str:
+        """The nonce's value, once an earlier batch's use of it is final.
+
+        A fence must have been the finalized value: otherwise `is_fence_spent` would take the value
+        before it for the one after it.
+        """
+        final, newest = await self._fence(FINALIZED), await self._fence(CONFIRMED)
+        if final != newest:
+            raise RpcUnavailable("the nonce was just used and is not final yet: ask again in some seconds")
+        return final
+
+    async def _fence(self, commitment: str) -> str:
+        options = {"encoding": "base64", "commitment": commitment, "minContextSlot": self._slot_floor}
+        answer = await self._rpc.call(
+            "getAccountInfo", [self.terms.nonce_account, options], InContext[AccountState | None]
+        )
+        if commitment == FINALIZED:
+            if answer.context.slot < self._slot_floor:
+                raise RpcUnavailable(
+                    f"the node went back from slot {self._slot_floor} to {answer.context.slot}"
+                )
+            self._slot_floor = answer.context.slot
+        if answer.value is None:
+            raise WrongChain(f"nonce account {self.terms.nonce_account} does not exist")
+        return programs.nonce_account(answer.value.owner, answer.value.bytes())[1]
+
+    async def _create_accounts(self, lines: Sequence[PayoutLine], wallets: Sequence[Pubkey]) -> int:
+        """Create the token accounts recipients lack, at the gas payer's cost; gives how many."""
+        mint = Pubkey.from_string(self.terms.mint)
+        accounts = [str(programs.associated_token_account(w, mint)) for w in wallets]
+        missing: list[Pubkey] = []
+        for i in range(0, len(lines), ACCOUNTS_PER_REQUEST):
+            page = slice(i, i + ACCOUNTS_PER_REQUEST)
+            states = await self._rpc.accounts(accounts[page], CONFIRMED)
+            owners = await self._rpc.accounts([str(w) for w in wallets[page]], CONFIRMED)
+            for line, owner, key, state in zip(lines[page], wallets[page], owners, states, strict=True):
+                if key is not None and key.owner == str(programs.TOKEN_PROGRAM):
+                    raise LineReverted(line.payout_id, f"{line.to} is a token account; the wallet is needed")
+                if state is None:
+                    missing.append(owner)
+                elif programs.token_account(state.owner, state.bytes()).is_frozen:
+                    raise LineReverted(line.payout_id, f"the USDC account of {line.to} is frozen")
+        unique = list(dict.fromkeys(missing))
+        for i in range(0, len(unique), CREATES_PER_TRANSACTION):
+            group = unique[i : i + CREATES_PER_TRANSACTION]
+            make = [programs.create_associated_token_account(self._gas_key.pubkey(), w, mint) for w in group]
+            await send_and_confirm(self._rpc, make, [self._gas_key])
+        return len(unique)
+
+    async def _dry_run(self, unsigned: Unsigned) -> None:
+        message = _message(next(iter(unsigned.messages.values())))
+        blank = [Signature.default()] * message.header.num_required_signatures
+        raw = bytes(VersionedTransaction.populate(message, blank))
+        options = {"encoding": "base64", "sigVerify": False, "commitment": CONFIRMED}
+        answer = await self._rpc.call(
+            "simulateTransaction", [base64.b64encode(raw).decode(), options], InContext[_Simulated]
+        )
+        error = answer.value.err
+        if error is None:
+            return
+        told = "; ".join(line for line in answer.value.logs or [] if "rror" in line)
+        why = f"{msgspec.json.encode(error).decode()} {told}".strip()
+        index = _failing_instruction(error)
+        if index is not None and 1 <= index <= len(unsigned.lines):
+            raise LineReverted(unsigned.lines[index - 1].payout_id, why)
+        raise Reverted(why)
+
+    # ── signing ───────────────────────────────────────────────────────────────────────────────────
+
+    def rebuild(self, lines: Sequence[PayoutLine], fence: str, context: Mapping[str, str]) -> Unsigned:
+        """Rebuild, without I/O, what must be signed: byte-identical to what was prepared."""
+        return consent.rebuild(lines, fence, context)
+
+    def verify(self, unsigned: Unsigned, approval: Approval) -> None:
+        """Raise BadApproval unless `approval` signs exactly the messages that name its signer."""
+        consent.verify(unsigned, approval)
+
+    async def assemble(self, unsigned: Unsigned, approvals: Sequence[Approval]) -> SignedTransaction:
+        """Put a complete combination and the gas payer's signature together.  Sends nothing.
+
+        Raises BadApproval, NotEnoughApprovals; Malformed if the messages are not what their lines,
+        fence and context say.
+        """
+        again = consent.rebuild(unsigned.lines, unsigned.fence, unsigned.context)
+        if again.messages != unsigned.messages:
+            raise Malformed("the batch's messages are not what its lines say")
+        raw, signatures = consent.complete(unsigned, approvals)
+        message = _message(raw)
+        by_key = {Pubkey.from_string(s): Signature(v) for s, v in signatures.items()}
+        by_key[self._gas_key.pubkey()] = self._gas_key.sign_message(raw)
+        needed = message.account_keys[: message.header.num_required_signatures]
+        signed = VersionedTransaction.populate(message, [by_key[k] for k in needed])
+        return SignedTransaction(bytes(signed), str(signed.signatures[0]), unsigned.fence)
+
+    # ── sending ───────────────────────────────────────────────────────────────────────────────────
+
+    async def broadcast(self, signed: SignedTransaction) -> None:
+        """Send the same bytes; already known or already landed is success.
+
+        Reverted if the chain says these bytes would fail (nothing happened, the fence is unspent);
+        UnknownResult in every other case: ask `landed` and `is_fence_spent`.
+        """
+        try:
+            await self._rpc.send(signed.raw)
+        except NodeError as e:
+            if await self._is_known(signed.tx):
+                return
+            error = e.data.get("err") if isinstance(e.data, dict) else None
+            if e.code == PREFLIGHT_FAILURE and isinstance(error, dict):
+                raise Reverted(reason(e)) from e
+            raise UnknownResult(f"{signed.tx}: {e}") from e
+        except (RpcUnavailable, Malformed) as e:
+            raise UnknownResult(f"{signed.tx}: {e}") from e
+
+    async def _is_known(self, tx: str) -> bool:
+        try:
+            return await self._rpc.status(tx) is not None
+        except (RpcUnavailable, Malformed):
+            return False
+
+    async def landed(self, signed: SignedTransaction) -> Landed | None:
+        """The transaction at `finalized` (perhaps failed), or None."""
+        status = await self._rpc.status(signed.tx)
+        if status is None or status.confirmation_status != FINALIZED:
+            return None
+        options = {
+            "transactionDetails": "none",
+            "rewards": False,
+            "maxSupportedTransactionVersion": 0,
+            "commitment": FINALIZED,
+        }
+        block = await self._rpc.call("getBlock", [status.slot, options], _Blockhash)
+        return Landed(signed.tx, status.slot, block.blockhash, is_success=status.err is None)
+
+    async def is_fence_spent(self, fence: str) -> bool:
+        """Tell whether the nonce's finalized value is no longer `fence`."""
+        Hash.from_string(fence)
+        return await self._fence(FINALIZED) != fence
+
+    async def swept(self, unsigned: Unsigned, landed: Landed) -> Sweep:
+        """Describe a sweep that landed successfully, in the ledger's terms."""
+        if unsigned.context.get("kind") != consent.SWEEP or not landed.is_success:
+            raise ValueError("not a sweep that succeeded")
+        moved = tuple((line.to, line.amount) for line in unsigned.lines)
+        return Sweep(landed.tx, landed.height, moved)
+
+
+def _message(raw: bytes) -> MessageV0:
+    message = from_bytes_versioned(raw)
+    if not isinstance(message, MessageV0) or to_bytes_versioned(message) != raw:
+        raise Malformed("not a version 0 message")
+    return message
+
+
+def _failing_instruction(error: Any) -> int | None:
+    """Index of the failing instruction in a TransactionError's JSON form."""
+    if isinstance(error, dict):
+        detail = error.get("InstructionError")
+        if isinstance(detail, list) and detail and type(detail[0]) is int:
+            return detail[0]
+    return None

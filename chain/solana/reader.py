@@ -1,0 +1,289 @@
+"""Reading Solana: headers and inbound USDC, by slot.
+
+A transfer is a positive balance difference (post − pre) of a watched token account, of the pinned
+mint, under the pinned Token program, in a transaction without an error.  Instructions are never
+parsed: `transfer`, `transferChecked`, a call inside another program and a mint all look the same, and
+what a fee took is not credited.
+
+Slots may be skipped, so blocks are listed by the node (`getBlocks`) and never counted up.  Blocks are
+fetched with `transactionDetails: accounts` (keys and balances, no instructions, no logs), which holds
+everything above, lookup tables resolved, at a fraction of the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Final
+
+import msgspec
+
+from chain.errors import Malformed, RpcUnavailable, WrongChain
+from chain.networks import SOLANA, Chain
+from chain.ports import BlockFacts, Header, TransferSeen, WatchSet
+from chain.solana import programs
+from chain.solana.rpc import (
+    BLOCK_NOT_AVAILABLE,
+    BLOCK_STATUS_NOT_AVAILABLE_YET,
+    LONG_TERM_SLOT_SKIPPED,
+    SLOT_SKIPPED,
+    NodeError,
+    SolanaRpc,
+)
+from chain.units import MICRO_MAX, Micro
+
+CONFIRMED: Final = "confirmed"
+FINALIZED: Final = "finalized"
+BLOCKS_PER_REQUEST: Final = 25
+SLOTS_PER_REQUEST_MAX: Final = 10_000
+"""Slots in one `blocks` call; about 70 minutes of the public network."""
+NEWEST_BLOCK_SEARCH: Final = 256
+"""How many slots below `getSlot` to look for the newest block; longer silences are an outage."""
+
+_NO_BLOCK: Final = frozenset(
+    (BLOCK_NOT_AVAILABLE, SLOT_SKIPPED, LONG_TERM_SLOT_SKIPPED, BLOCK_STATUS_NOT_AVAILABLE_YET)
+)
+
+
+class _Amount(msgspec.Struct):
+    amount: str
+
+
+class _TokenBalance(msgspec.Struct, rename="camel"):
+    account_index: int
+    mint: str
+    ui_token_amount: _Amount
+    owner: str = ""
+    program_id: str = ""
+
+
+class _Meta(msgspec.Struct, rename="camel"):
+    err: Any = None
+    pre_token_balances: list[_TokenBalance] | None = None
+    post_token_balances: list[_TokenBalance] | None = None
+
+
+class _Key(msgspec.Struct):
+    pubkey: str
+
+
+class _Transaction(msgspec.Struct, rename="camel"):
+    signatures: list[str]
+    account_keys: list[_Key]
+
+
+class _WithMeta(msgspec.Struct):
+    transaction: _Transaction
+    meta: _Meta | None = None
+
+
+class _BlockHeader(msgspec.Struct, rename="camel"):
+    blockhash: str
+    previous_blockhash: str
+    parent_slot: int
+    block_time: int | None = None
+
+
+class _Block(_BlockHeader, rename="camel"):
+    transactions: list[_WithMeta] = []
+
+
+class SolanaReader:
+    """`chain.ports.ChainReader` over one provider.
+
+    `head()` and `blocks()` read at `confirmed`, so that a deposit can be shown before it is final;
+    `final()` and `usdc_balance()` read at `finalized`.
+    """
+
+    chain = Chain.SOLANA
+
+    def __init__(
+        self, rpc: SolanaRpc, *, mint: str = SOLANA.usdc_mint, genesis_hash: str | None = None
+    ) -> None:
+        self._rpc = rpc
+        self._mint = mint
+        self._genesis_hash = genesis_hash
+
+    async def check_identity(self) -> None:
+        """Raise WrongChain unless the node's genesis is the configured one (or the first one seen)."""
+        found = await self._rpc.call("getGenesisHash", [], str)
+        if self._genesis_hash is None:
+            self._genesis_hash = found
+        if found != self._genesis_hash:
+            raise WrongChain(f"Solana node has genesis {found}, expected {self._genesis_hash}")
+
+    async def head(self) -> Header:
+        """The newest confirmed block."""
+        return await self._newest(CONFIRMED)
+
+    async def final(self) -> Header:
+        """The newest finalized block."""
+        return await self._newest(FINALIZED)
+
+    async def _newest(self, commitment: str) -> Header:
+        slot = await self._rpc.call("getSlot", [{"commitment": commitment}], int)
+        slots = await self._slots(max(slot - NEWEST_BLOCK_SEARCH, 0), slot, commitment)
+        # The very newest may be listed a moment before it can be fetched.
+        for candidate in reversed(slots[-2:]):
+            header = await self._header(candidate, commitment)
+            if header is not None:
+                return header
+        raise RpcUnavailable(f"no {commitment} block in the {NEWEST_BLOCK_SEARCH} slots below {slot}")
+
+    async def header_at(self, height: int) -> Header | None:
+        """The block of slot `height`; None if the slot was skipped or is not confirmed yet."""
+        return await self._header(height, CONFIRMED)
+
+    async def _header(self, slot: int, commitment: str) -> Header | None:
+        options = _block_options("none", commitment)
+        try:
+            block = await self._rpc.call("getBlock", [slot, options], _BlockHeader)
+        except NodeError as e:
+            if e.code in _NO_BLOCK:
+                return None
+            raise
+        return _header(slot, block)
+
+    async def _slots(self, start: int, end: int, commitment: str) -> list[int]:
+        slots = await self._rpc.call("getBlocks", [start, end, {"commitment": commitment}], list[int])
+        if any(not start <= s <= end for s in slots) or any(a >= b for a, b in pairwise(slots)):
+            raise Malformed("getBlocks: slots outside the range or out of order")
+        return slots
+
+    async def blocks(self, start: int, end: int, watch: WatchSet) -> list[BlockFacts]:
+        """Every confirmed block with a slot in start..end, ascending, with its watched transfers.
+
+        Skipped slots have no entry.  RpcUnavailable if the chain moved while reading (ask again);
+        ValueError for a range over SLOTS_PER_REQUEST_MAX.
+        """
+        if end - start >= SLOTS_PER_REQUEST_MAX:
+            raise ValueError(f"{start}..{end} is more than {SLOTS_PER_REQUEST_MAX} slots")
+        slots = await self._slots(start, end, CONFIRMED)
+        facts: list[BlockFacts] = []
+        for i in range(0, len(slots), BLOCKS_PER_REQUEST):
+            facts += await self._fetch(slots[i : i + BLOCKS_PER_REQUEST], watch)
+        for parent, child in pairwise(facts):
+            if (child.header.parent_height, child.header.parent_hash) != (
+                parent.header.height,
+                parent.header.hash,
+            ):
+                raise RpcUnavailable(
+                    f"slot {child.header.height} does not follow {parent.header.height}: reread"
+                )
+        return facts
+
+    async def _fetch(self, slots: Sequence[int], watch: WatchSet) -> list[BlockFacts]:
+        options = _block_options("accounts", CONFIRMED)
+        answers = await self._rpc.batch("getBlock", [[s, options] for s in slots], _Block)
+        facts: list[BlockFacts] = []
+        for slot, block in zip(slots, answers, strict=True):
+            if isinstance(block, NodeError):
+                raise RpcUnavailable(f"slot {slot} was listed but cannot be read: {block}") from block
+            header = _header(slot, block)
+            inbound = tuple(self._inbound(header, block.transactions, watch))
+            facts.append(BlockFacts(header, inbound))
+        return facts
+
+    def _inbound(
+        self, header: Header, transactions: Sequence[_WithMeta], watch: WatchSet
+    ) -> Iterator[TransferSeen]:
+        mint, token_program = self._mint, str(programs.TOKEN_PROGRAM)
+        for item in transactions:
+            meta = item.meta
+            if meta is None or meta.err is not None or not meta.post_token_balances:
+                continue
+            keys = item.transaction.account_keys
+            for balance in meta.post_token_balances:
+                if balance.mint != mint or balance.program_id != token_program:
+                    continue
+                if balance.account_index >= len(keys):
+                    raise Malformed(f"slot {header.height}: token balance of account {balance.account_index}")
+                to = keys[balance.account_index].pubkey
+                if watch.is_watched(to):
+                    seen = self._seen(header, item, to, balance, watch)
+                    if seen is not None:
+                        yield seen
+
+    def _seen(
+        self, header: Header, item: _WithMeta, to: str, after: _TokenBalance, watch: WatchSet
+    ) -> TransferSeen | None:
+        assert item.meta is not None
+        pre = item.meta.pre_token_balances or []
+        before = next((b for b in pre if b.account_index == after.account_index), None)
+        delta = _micros(after) - (_micros(before) if before is not None else 0)
+        if delta <= 0:
+            return None
+        if not item.transaction.signatures:
+            raise Malformed(f"slot {header.height}: a transaction without a signature")
+        signature = item.transaction.signatures[0]
+        return TransferSeen(
+            chain=Chain.SOLANA,
+            key=f"{signature}:{to}",
+            tx=signature,
+            height=header.height,
+            block_hash=header.hash,
+            to=to,
+            sender=self._sender(item),
+            amount=Micro(delta),
+            references=tuple(k.pubkey for k in item.transaction.account_keys if watch.is_reference(k.pubkey)),
+        )
+
+    def _sender(self, item: _WithMeta) -> str:
+        """Owner of the token account that lost most; the fee payer if none did (a mint)."""
+        assert item.meta is not None
+        after = {
+            b.account_index: _micros(b) for b in item.meta.post_token_balances or [] if b.mint == self._mint
+        }
+        losses = [
+            (_micros(b) - after.get(b.account_index, 0), b.owner)
+            for b in item.meta.pre_token_balances or []
+            if b.mint == self._mint
+        ]
+        most, owner = max(losses, default=(0, ""))
+        return owner if most > 0 and owner else item.transaction.account_keys[0].pubkey
+
+    async def usdc_balance(self, address: str, *, height: int | None = None) -> Micro:
+        """Finalized USDC of token account `address`; zero if it does not exist.
+
+        Malformed if it is not a token account of the pinned mint.  `height` must be None: a Solana
+        node answers for the newest finalized slot only.
+        """
+        if height is not None:
+            raise ValueError("a Solana node has no balances at an older slot")
+        state = await self._rpc.account(address, FINALIZED)
+        if state is None:
+            return Micro(0)
+        parsed = programs.token_account(state.owner, state.bytes())
+        if parsed.mint != self._mint:
+            raise Malformed(f"{address} holds {parsed.mint}, not USDC")
+        return Micro(parsed.amount)
+
+
+def _block_options(details: str, commitment: str) -> dict[str, Any]:
+    return {
+        "encoding": "json",
+        "transactionDetails": details,
+        "rewards": False,
+        "maxSupportedTransactionVersion": 0,
+        "commitment": commitment,
+    }
+
+
+def _header(slot: int, block: _BlockHeader) -> Header:
+    return Header(
+        height=slot,
+        hash=block.blockhash,
+        parent_hash=block.previous_blockhash,
+        parent_height=block.parent_slot,
+        time_s=block.block_time or 0,
+    )
+
+
+def _micros(balance: _TokenBalance) -> int:
+    text = balance.ui_token_amount.amount
+    if not (text.isascii() and text.isdigit() and len(text) <= 20):
+        raise Malformed(f"token amount {text[:40]!r}")
+    amount = int(text)
+    if amount > MICRO_MAX:
+        raise Malformed(f"token amount {amount} is above any supply")
+    return amount
