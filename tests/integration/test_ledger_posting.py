@@ -48,7 +48,9 @@ async def test_a_deposit_is_posted_once_and_a_changed_replay_is_refused(ledger_e
 
 async def fund(engine: AsyncEngine, person: str, amount: int) -> None:
     async with engine.begin() as conn:
-        await post_transfer(conn, templates.top_up(person=person, amount=Nano(amount), ref=f"top-up-{person}"))
+        await post_transfer(
+            conn, templates.top_up(person=person, amount=Nano(amount), ref=f"top-up-{person}")
+        )
 
 
 async def earn(engine: AsyncEngine, person: str, amount: int) -> None:
@@ -56,7 +58,9 @@ async def earn(engine: AsyncEngine, person: str, amount: int) -> None:
         debit, credit = Account(Kind.PROMO, ""), accounts.operator_earnings(person)
         await post_transfer(
             conn,
-            templates.correction(debit=debit, credit=credit, amount=Nano(amount), ref=f"earn-{person}", note="test"),
+            templates.correction(
+                debit=debit, credit=credit, amount=Nano(amount), ref=f"earn-{person}", note="test"
+            ),
         )
 
 
@@ -185,8 +189,8 @@ async def test_month_partitions_exist_ahead_and_take_the_charges_of_their_month(
         assert await conn.scalar(text("SELECT ensure_partitions(12)")) == 0
         assert await conn.scalar(text("SELECT ensure_partitions(14)")) == 2
         statement = text(
-            "INSERT INTO charges VALUES ('019a0000-0000-7000-8000-000000000000', 1, NULL, 0, 0, NULL, 'm', NULL,"
-            " 0, 0, 0, 0, 0, NULL, 503, NULL, 0, 1, false) RETURNING tableoid::regclass::text"
+            "INSERT INTO charges VALUES ('019a0000-0000-7000-8000-000000000000', 1, NULL, 0, 0, NULL, 'm',"
+            " NULL, 0, 0, 0, 0, 0, NULL, 503, NULL, 0, 1, false) RETURNING tableoid::regclass::text"
         )
         assert await conn.scalar(statement) == "charges_default"  # October 2025: before the first month
         november = text("SELECT tableoid::regclass::text FROM charges WHERE id = :id")
