@@ -1,0 +1,142 @@
+"""The gas payer: an ordinary key that holds a little ether and can move nothing else.
+
+It wraps a call (a signed batch, a sweep) into an EIP-1559 transaction and sends it.  Losing this key
+costs its ether; the money moves by the owners' signatures or the forwarders' code alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+from eth_account import Account
+from eth_hash.auto import keccak
+
+from chain.addresses import EvmAddress
+from chain.errors import ChainFault, ChainRefusal, RpcUnavailable, UnknownResult
+from chain.evm.addresses import from_bytes
+from chain.evm.rpc import Call, JsonRpc, NodeError, quantity
+
+GAS_MAX: Final = 1 << 24
+"""Ethereum refuses more gas in one transaction since Osaka (EIP-7825)."""
+GAS_MARGIN_PERCENT: Final = 20
+FEE_CAP_WEI: Final = 200 * 10**9
+"""Price per gas above which we would rather wait: 200 gwei, some $100 for a batch of 10."""
+
+
+class FeesTooHigh(ChainFault):
+    """Gas costs more than the cap now; asking later may help."""
+
+
+class GasPayerEmpty(ChainFault):
+    """The gas payer's ether does not cover the transaction: fund it."""
+
+
+class OuterNonceTaken(ChainRefusal):
+    """Another transaction of the gas payer took this one's nonce, so these bytes will never land.
+
+    What they wrap is untouched: assemble again around the same approvals.  The fence still lets at
+    most one of the two move money.
+    """
+
+
+class TooMuchGas(ChainRefusal):
+    """The call needs more gas than a transaction may have: make it smaller."""
+
+
+class _FeeHistory(msgspec.Struct):
+    baseFeePerGas: list[str]  # noqa: N815  the protocol's spelling
+    reward: list[list[str]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class OuterTransaction:
+    """A signed transaction of the gas payer."""
+
+    raw: bytes
+    tx: str
+
+
+class GasPayer:
+    """Wraps calls into transactions of one key on one chain.
+
+    Give each sending process its own key: two processes with one key take each other's nonces.
+    """
+
+    def __init__(self, rpc: JsonRpc, chain_id: int, key: bytes, *, fee_cap_wei: int = FEE_CAP_WEI) -> None:
+        self._rpc = rpc
+        self._chain_id = chain_id
+        self._account = Account.from_key(key)
+        self._fee_cap_wei = fee_cap_wei
+        self.address: EvmAddress = from_bytes(bytes.fromhex(self._account.address[2:]))
+
+    async def wrap(self, to: str, calldata: bytes) -> OuterTransaction:
+        """Dry-run and sign a call of `to`; Reverted if it would fail.  Sends nothing."""
+        call = {"from": self.address, "to": to, "data": "0x" + calldata.hex()}
+        answers = await self._rpc.batch(
+            [
+                Call("eth_estimateGas", (call,)),
+                Call("eth_feeHistory", ("0x1", "latest", [50])),
+                Call("eth_getTransactionCount", (self.address, "pending")),
+            ]
+        )
+        gas = quantity(answers[0].value(str)) * (100 + GAS_MARGIN_PERCENT) // 100
+        if gas > GAS_MAX:
+            raise TooMuchGas(f"the call needs {gas} gas of at most {GAS_MAX}")
+        fee, tip = self._fees(answers[1].value(_FeeHistory))
+        signed = self._account.sign_transaction(
+            {
+                "type": 2,
+                "chainId": self._chain_id,
+                "nonce": quantity(answers[2].value(str)),
+                "to": to,
+                "value": 0,
+                "data": calldata,
+                "gas": gas,
+                "maxFeePerGas": fee,
+                "maxPriorityFeePerGas": tip,
+            }
+        )
+        raw = bytes(signed.raw_transaction)
+        return OuterTransaction(raw, "0x" + keccak(raw).hex())
+
+    def _fees(self, history: _FeeHistory) -> tuple[int, int]:
+        """(most per gas, tip per gas), so that the transaction survives the base fee doubling."""
+        base = quantity(history.baseFeePerGas[-1]) if history.baseFeePerGas else 0
+        tip = quantity(history.reward[-1][0]) if history.reward and history.reward[-1] else 0
+        tip = max(tip, 1)
+        if base + tip > self._fee_cap_wei:
+            raise FeesTooHigh(f"gas costs {base + tip} wei, the cap is {self._fee_cap_wei}")
+        return min(2 * base + tip, self._fee_cap_wei), tip
+
+
+async def broadcast(rpc: JsonRpc, raw: bytes, tx: str) -> None:
+    """Send these bytes; already known or already landed is success.
+
+    Raises UnknownResult when the node may or may not have taken them (send the same bytes again),
+    OuterNonceTaken and GasPayerEmpty when it certainly has not.
+    """
+    try:
+        await rpc.call("eth_sendRawTransaction", "0x" + raw.hex(), shape=str)
+    except NodeError as e:
+        said = e.message.lower()
+        if "already known" in said or "already imported" in said or "known transaction" in said:
+            return
+        if "nonce too low" in said or "underpriced" in said:
+            if await _is_known(rpc, tx):
+                return
+            raise OuterNonceTaken(f"{tx}: {e.message}") from e
+        if "insufficient funds" in said:
+            raise GasPayerEmpty(f"{tx}: {e.message}") from e
+        raise UnknownResult(f"{tx}: {e}") from e
+    except RpcUnavailable as e:
+        raise UnknownResult(f"{tx} may or may not have been sent: {e}") from e
+
+
+async def _is_known(rpc: JsonRpc, tx: str) -> bool:
+    try:
+        found = await rpc.call("eth_getTransactionByHash", tx, shape=dict[str, object] | None)  # type: ignore[arg-type]  # a union is a shape too
+    except RpcUnavailable as e:
+        raise UnknownResult(f"{tx} may or may not have been sent: {e}") from e
+    return found is not None
