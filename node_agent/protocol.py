@@ -406,14 +406,18 @@ class ReplyReader:
             self.is_done = True
         return frame
 
+    def grant(self, up_to: int) -> None:
+        """Note that a `Credit` of `up_to` is sent."""
+        self._credit = max(self._credit, up_to)
+
     def top_up(self, window: int) -> int | None:
-        """Give back a new `Credit.up_to` once half the window is used, else None.
+        """Give back (and note) a new `Credit.up_to` once half the window is used, else None.
 
         Call it after the frames so far went to the buyer; a slow buyer then slows the engine.
         """
         if self.is_done or self._credit - self._deltas > window // 2:
             return None
-        self._credit = self._deltas + window
+        self.grant(self._deltas + window)
         return self._credit
 
 

@@ -285,19 +285,20 @@ class Service:
     # -- status ---------------------------------------------------------------------------
 
     async def _tell_status(self) -> None:
+        before = self._states()
         while True:
             try:
                 self._take_over_prices()
+                before = self._states()
                 models = list(await asyncio.gather(*(self._model_status(name) for name in self._models)))
                 await self._publish_status(models)
                 self._write_local_status(models)
             except OSError as error:
                 self._complain(f"the status could not be sent: {error}")
-            await self._wait_for_news()
+            await self._wait_for_news(before)
 
-    async def _wait_for_news(self) -> None:
+    async def _wait_for_news(self, before: list[EngineState]) -> None:
         """Return when the next status is due, or soon after an engine changed its state."""
-        before = self._states()
         until = time.monotonic() + protocol.STATUS_EVERY_MS / 1000
         while time.monotonic() < until and self._states() == before:
             with contextlib.suppress(TimeoutError):

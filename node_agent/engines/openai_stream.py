@@ -28,6 +28,9 @@ from node_agent.protocol import (
     MESSAGE_CHARS_MAX,
     TOKEN_COUNT_MAX,
     ChoiceDelta,
+    ChoiceIndex,
+    ShortText,
+    TokenId,
     TokenLogprob,
     ToolCallDelta,
     TopLogprob,
@@ -92,22 +95,22 @@ def _event_data(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-# -- The chunks' shape; what is not named here is ignored ---------------------------------------------
+# -- The chunks, with the frames' own ranges; what is not named here is ignored ------------------------
 
 
 class _Function(msgspec.Struct):
-    name: str | None = None
+    name: ShortText | None = None
     arguments: str | None = None
 
 
 class _ToolCall(msgspec.Struct):
-    index: int = 0
-    id: str | None = None
+    index: ChoiceIndex = 0
+    id: ShortText | None = None
     function: _Function | None = None
 
 
 class _Delta(msgspec.Struct):
-    role: str | None = None
+    role: ShortText | None = None
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -132,18 +135,18 @@ class _Logprobs(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    index: int = 0
+    index: ChoiceIndex = 0
     delta: _Delta | None = None
     logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
+    finish_reason: ShortText | None = None
     stop_reason: str | int | None = None
-    token_ids: list[int] | None = None
+    token_ids: list[TokenId] | None = None
 
 
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] | None = None
     usage: Any = None
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: list[TokenId] | None = None
     error: Any = None
 
 

@@ -1,0 +1,523 @@
+"""The agent on a real NATS server, with a small engine that speaks (or breaks) OpenAI's protocol."""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import aiohttp.web
+import msgspec
+import nats
+import pytest
+from nats.aio.client import Client
+
+from node_agent import protocol, relay
+from node_agent.config import Config, EngineSettings, Model
+from node_agent.identity import create_identity
+from node_agent.service import Service
+
+NODE = protocol.parse_node_id("n1")
+SECRET = "canary-7f3a91"  # appears in prompts and answers, must appear nowhere else
+
+
+class FakeEngine:
+    """Answers as vLLM does; `script` overrides the events of a chat."""
+
+    def __init__(self) -> None:
+        self.words = ["Hel", "lo", " wor", "ld"]
+        self.script: Callable[[aiohttp.web.StreamResponse], object] | None = None
+        self.bodies: list[dict] = []
+        self.knows_token_ids = True
+        self.gap_seconds = 0.0
+        self.started = 0
+        self.aborted = asyncio.Event()
+        self.written = 0
+        self.url = ""
+
+    async def chat(self, request: aiohttp.web.Request) -> aiohttp.web.StreamResponse:
+        body = await request.json()
+        is_warm_up = body["messages"][0]["content"] == "Say hello."
+        if not is_warm_up:
+            self.bodies.append(body)
+        if "return_token_ids" in body and not self.knows_token_ids:
+            message = "Unsupported parameter: return_token_ids"
+            return aiohttp.web.json_response({"error": {"message": message}}, status=400)
+        response = aiohttp.web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        self.started += 1
+        try:
+            if self.script is not None and not is_warm_up:
+                await self.script(response)
+            else:
+                await self.speak(response, body)
+        except (ConnectionResetError, asyncio.CancelledError):
+            self.aborted.set()
+            raise
+        return response
+
+    async def speak(self, response: aiohttp.web.StreamResponse, body: dict) -> None:
+        ids = body.get("return_token_ids", False)
+        first = {
+            "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}],
+            "usage": usage(5, 0),
+        }
+        await self.event(response, first | ({"prompt_token_ids": [1, 2, 3, 4, 5]} if ids else {}))
+        for i, word in enumerate(self.words):
+            is_last = i == len(self.words) - 1
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": "stop" if is_last else None}
+            await self.event(
+                response,
+                {"choices": [choice | ({"token_ids": [100 + i]} if ids else {})], "usage": usage(5, i + 1)},
+            )
+            await asyncio.sleep(self.gap_seconds)
+        last = usage(5, len(self.words)) | {"prompt_tokens_details": {"cached_tokens": 2}}
+        await self.event(response, {"choices": [], "usage": last})
+        await response.write(b"data: [DONE]\n\n")
+
+    async def event(self, response: aiohttp.web.StreamResponse, content: dict) -> None:
+        data = b"data: " + json.dumps(content).encode() + b"\n\n"
+        self.written += len(data)
+        await response.write(data)
+
+
+def usage(prompt: int, completion: int) -> dict:
+    return {"prompt_tokens": prompt, "completion_tokens": completion}
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[FakeEngine]:
+    fake = FakeEngine()
+    app = aiohttp.web.Application()
+    app.router.add_post("/v1/chat/completions", fake.chat)
+
+    async def models(_: aiohttp.web.Request) -> aiohttp.web.Response:
+        return aiohttp.web.json_response({"data": [{"id": "engine-name", "max_model_len": 2048}]})
+
+    async def metrics(_: aiohttp.web.Request) -> aiohttp.web.Response:
+        return aiohttp.web.Response(text='vllm:num_requests_waiting{model_name="engine-name"} 3.0\n')
+
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/metrics", metrics)
+    runner = aiohttp.web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.2)
+    await runner.setup()
+    site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield fake
+    await runner.cleanup()
+
+
+@pytest.fixture(scope="module")
+def nats_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("nats") / "log"
+    server = subprocess.Popen(
+        [Path(sys.executable).with_name("nats-server"), "-a", "127.0.0.1", "-p", str(port), "-l", log]
+    )
+    for _ in range(100):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
+            break
+        asyncio.run(asyncio.sleep(0.05))
+    yield f"nats://127.0.0.1:{port}"
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture
+async def gateway(nats_url: str) -> AsyncIterator[Client]:
+    client = await nats.connect(nats_url)
+    yield client
+    await client.close()
+
+
+class Agent:
+    def __init__(self, service: Service, gateway: Client, folder: Path) -> None:
+        self.service = service
+        self.gateway = gateway
+        self.folder = folder
+        self.statuses: list[protocol.Status] = []
+
+    async def until_status(self, is_it: Callable[[protocol.Status], bool]) -> protocol.Status:
+        async with asyncio.timeout(10):
+            while not (self.statuses and is_it(self.statuses[-1])):
+                await asyncio.sleep(0.02)
+        return self.statuses[-1]
+
+    async def ask(self, **changes: object) -> "Reply":
+        reply = Reply(self.gateway, **changes)
+        await reply.send()
+        return reply
+
+
+class Reply:
+    """The gateway's end of one request."""
+
+    def __init__(self, gateway: Client, **changes: object) -> None:
+        body = {"messages": [{"role": "user", "content": SECRET}], "stream": False, "max_tokens": 9}
+        fields = {
+            "v": 1,
+            "id": f"r{id(self)}",
+            "model": "m",
+            "body": msgspec.json.encode(body),
+            "stream": True,
+            "deadline_ms": 20_000,
+        }
+        self.request = protocol.Request(**(fields | changes))
+        self.reader = protocol.ReplyReader(self.request.credit)
+        self._gateway = gateway
+        self.frames: list[protocol.Frame] = []
+
+    async def send(self) -> None:
+        inbox = self._gateway.new_inbox()
+        self._replies = await self._gateway.subscribe(inbox)
+        await self._gateway.publish(
+            protocol.request_subject(NODE), protocol.encode(self.request), reply=inbox
+        )
+
+    async def next(self, seconds: float = 10) -> protocol.Frame:
+        message = await self._replies.next_msg(seconds)
+        self.frames.append(self.reader.feed(message.data))
+        return self.frames[-1]
+
+    async def all(self) -> list[protocol.Frame]:
+        while not self.reader.is_done:
+            await self.next()
+        return self.frames
+
+    async def control(self, message: protocol.Control) -> None:
+        await self._gateway.publish(protocol.control_subject(NODE), protocol.encode(message))
+
+    @property
+    def deltas(self) -> list[protocol.Delta]:
+        return [frame for frame in self.frames if isinstance(frame, protocol.Delta)]
+
+    @property
+    def text(self) -> str:
+        return "".join(choice.content or "" for delta in self.deltas for choice in delta.choices)
+
+    @property
+    def end(self) -> protocol.Frame:
+        return self.frames[-1]
+
+
+@pytest.fixture
+async def agent(engine: FakeEngine, gateway: Client, nats_url: str, tmp_path: Path) -> AsyncIterator[Agent]:
+    model = Model(name="m", input="0.10", output="0.20", context=2048, capacity=4, engine_name="engine-name")
+    settings = EngineSettings(name="fake", kind="attach", url=engine.url, models=[model])
+    config = Config(
+        node_id=NODE, api="http://127.0.0.1:1", nats_url=nats_url, engines=[settings], drain_seconds=5
+    )
+    service = Service(config, create_identity(tmp_path), tmp_path, version="test")
+    made = Agent(service, gateway, tmp_path)
+
+    async def on_status(message: nats.aio.msg.Msg) -> None:
+        made.statuses.append(protocol.decode_status(message.data))
+
+    await gateway.subscribe(protocol.status_subject(NODE), cb=on_status)
+    await gateway.flush()
+    running = asyncio.create_task(service.run())
+    await made.until_status(lambda status: status.models[0].is_ready)
+    yield made
+    service.stop()
+    service.stop()
+    await asyncio.wait_for(running, 10)
+
+
+async def test_stream_is_told_in_order_with_ids_and_counts(agent: Agent, engine: FakeEngine) -> None:
+    engine.gap_seconds = 0.02
+    reply = await agent.ask()
+    frames = await reply.all()
+    assert isinstance(frames[0], protocol.Accepted)
+    assert reply.text == "Hello world"
+    assert len(reply.deltas) > 1
+    assert reply.deltas[0].prompt_token_ids == [1, 2, 3, 4, 5]
+    ids = [i for delta in reply.deltas for choice in delta.choices for i in choice.token_ids or ()]
+    assert ids == [100, 101, 102, 103]
+    assert reply.deltas[-1].completion_tokens == 4
+    end = frames[-1]
+    assert isinstance(end, protocol.End)
+    assert (end.prompt_tokens, end.completion_tokens, end.cached_tokens) == (5, 4, 2)
+
+
+async def test_engine_is_asked_for_ids_and_usage_whatever_the_body_says(
+    agent: Agent, engine: FakeEngine
+) -> None:
+    await (await agent.ask()).all()
+    body = engine.bodies[-1]
+    assert body["stream"] is True
+    assert body["return_token_ids"] is True
+    assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    assert body["model"] == "engine-name"
+    assert body["max_tokens"] == 9
+
+
+async def test_whole_answer_comes_in_one_delta(agent: Agent, engine: FakeEngine) -> None:
+    engine.gap_seconds = 0.02
+    reply = await agent.ask(stream=False, credit=1)
+    await reply.all()
+    (delta,) = reply.deltas
+    (choice,) = delta.choices
+    assert (choice.role, choice.content, choice.finish_reason) == ("assistant", "Hello world", "stop")
+    assert choice.token_ids == [100, 101, 102, 103]
+    assert isinstance(reply.end, protocol.End)
+
+
+async def test_long_whole_answer_is_cut_at_the_frame_limit(agent: Agent, engine: FakeEngine) -> None:
+    engine.words = ["x" * 1000] * 600
+    reply = await agent.ask(stream=False)
+    await reply.all()
+    assert reply.text == "x" * 600_000
+    assert 3 <= len(reply.deltas) <= 20
+
+
+async def test_heartbeats_fill_silence(
+    agent: Agent, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "HEARTBEAT_MS", 100)
+    engine.gap_seconds = 0.25
+    reply = await agent.ask(stream=False)
+    frames = await reply.all()
+    assert sum(isinstance(frame, protocol.Heartbeat) for frame in frames) >= 4
+    assert reply.text == "Hello world"
+
+
+async def test_without_credit_the_engine_is_not_read(agent: Agent, engine: FakeEngine) -> None:
+    async def flood(response: aiohttp.web.StreamResponse) -> None:
+        for i in range(20_000):
+            await engine.event(
+                response, {"choices": [{"index": 0, "delta": {"content": f"{i} " + "y" * 500}}]}
+            )
+        await response.write(b"data: [DONE]\n\n")
+
+    engine.script = flood
+    reply = await agent.ask(credit=2)
+    await reply.next()
+    await reply.next()
+    await reply.next()
+    with pytest.raises(nats.errors.TimeoutError):
+        await reply.next(0.5)
+    stopped_at = engine.written
+    await asyncio.sleep(0.3)
+    assert engine.written == stopped_at < 12_000_000
+    reply.reader.grant(4)
+    await reply.control(protocol.Credit(reply.request.id, 4))
+    await reply.next()
+    await reply.next()
+    assert len(reply.deltas) == 4
+    await reply.control(protocol.Cancel(reply.request.id))
+    await reply.all()
+    assert isinstance(reply.end, protocol.Failed)
+    assert reply.end.code is protocol.FailureCode.CANCELLED
+
+
+async def test_topping_up_credit_lets_the_whole_answer_through(agent: Agent, engine: FakeEngine) -> None:
+    engine.words = [f"w{i} " for i in range(60)]
+    engine.gap_seconds = 0.002
+    reply = await agent.ask(credit=4)
+    while not reply.reader.is_done:
+        await reply.next()
+        if (up_to := reply.reader.top_up(4)) is not None:
+            await reply.control(protocol.Credit(reply.request.id, up_to))
+    assert reply.text == "".join(engine.words)
+
+
+async def test_cancel_aborts_in_the_engine(agent: Agent, engine: FakeEngine) -> None:
+    engine.words = ["word "] * 10_000
+    engine.gap_seconds = 0.01
+    reply = await agent.ask(credit=100_000)
+    while not reply.deltas:
+        await reply.next()
+    await reply.control(protocol.Cancel(reply.request.id))
+    async with asyncio.timeout(1):
+        await engine.aborted.wait()
+    await reply.all()
+    assert reply.end.code is protocol.FailureCode.CANCELLED
+    assert agent.service._relays == {}
+
+
+async def test_engine_that_dies_in_mid_stream_fails_the_request(agent: Agent, engine: FakeEngine) -> None:
+    async def die(response: aiohttp.web.StreamResponse) -> None:
+        await engine.event(response, {"choices": [{"index": 0, "delta": {"content": "half"}}]})
+        await asyncio.sleep(0.05)
+        response._req.transport.abort()
+
+    engine.script = die
+    reply = await agent.ask()
+    await reply.all()
+    assert reply.text == "half"
+    assert reply.end.code is protocol.FailureCode.ENGINE_DOWN
+    assert reply.end.is_retriable
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"data: {nonsense\n\n",
+        b'data: {"choices": 5}\n\n',
+        b'data: {"choices": [{"index": 4096, "delta": {"content": "a"}}]}\n\n',
+        b'data: {"choices": [{"index": 0, "delta": {"content": "a"}, "token_ids": [-4]}]}\n\n',
+        b"data: " + b"[" * 100_000 + b"\n\n",
+        b"data: " + b"x" * (3 * 1024 * 1024),
+    ],
+    ids=["not json", "wrong type", "index out of range", "negative id", "deep nesting", "endless event"],
+)
+async def test_malformed_stream_fails_the_request(agent: Agent, engine: FakeEngine, data: bytes) -> None:
+    async def speak(response: aiohttp.web.StreamResponse) -> None:
+        await response.write(data)
+        await response.write(b"data: [DONE]\n\n")
+
+    engine.script = speak
+    reply = await agent.ask()
+    await reply.all()
+    assert isinstance(reply.end, protocol.Failed)
+    assert reply.end.code is protocol.FailureCode.INTERNAL
+    assert reply.deltas == []
+
+
+async def test_stream_without_an_end_mark_fails(agent: Agent, engine: FakeEngine) -> None:
+    async def stop_early(response: aiohttp.web.StreamResponse) -> None:
+        await engine.event(response, {"choices": [{"index": 0, "delta": {"content": "half"}}]})
+
+    engine.script = stop_early
+    reply = await agent.ask()
+    await reply.all()
+    assert reply.end.code is protocol.FailureCode.ENGINE_DOWN
+
+
+async def test_error_event_after_200_fails_the_request(agent: Agent, engine: FakeEngine) -> None:
+    async def err(response: aiohttp.web.StreamResponse) -> None:
+        await engine.event(response, {"error": {"message": "out of memory", "code": 500}})
+
+    engine.script = err
+    reply = await agent.ask()
+    await reply.all()
+    assert reply.end.code is protocol.FailureCode.ENGINE_DOWN
+    assert "out of memory" in reply.end.message
+
+
+async def test_endless_stream_is_capped(
+    agent: Agent, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "REPLY_BYTES_MAX", 300_000)
+
+    async def flood(response: aiohttp.web.StreamResponse) -> None:
+        while True:
+            await engine.event(response, {"choices": [{"index": 0, "delta": {"content": "z" * 2000}}]})
+
+    engine.script = flood
+    reply = await agent.ask(credit=100_000)
+    await reply.all()
+    assert isinstance(reply.end, protocol.Failed)
+    assert not reply.end.is_retriable
+    assert len(reply.text) < 300_000
+    async with asyncio.timeout(2):
+        await engine.aborted.wait()
+
+
+async def test_deadline_ends_the_request_and_aborts(agent: Agent, engine: FakeEngine) -> None:
+    engine.words = ["word "] * 1000
+    engine.gap_seconds = 0.02
+    reply = await agent.ask(deadline_ms=300, credit=10_000)
+    await reply.all()
+    assert reply.end.code is protocol.FailureCode.DEADLINE
+    async with asyncio.timeout(1):
+        await engine.aborted.wait()
+
+
+async def test_nonsense_usage_is_dropped(agent: Agent, engine: FakeEngine) -> None:
+    async def lie(response: aiohttp.web.StreamResponse) -> None:
+        for bad in (b"-5", b"NaN", b"9223372036854775808", b'"7"', b"1e3", b"true"):
+            await response.write(
+                b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}],'
+                b' "usage": {"prompt_tokens": 3, "completion_tokens": ' + bad + b"}}\n\n"
+            )
+        await response.write(b"data: [DONE]\n\n")
+
+    engine.script = lie
+    reply = await agent.ask()
+    await reply.all()
+    assert reply.text == "aaaaaa"
+    assert isinstance(reply.end, protocol.End)
+    assert (reply.end.prompt_tokens, reply.end.completion_tokens) == (3, None)
+
+
+async def test_engine_that_does_not_know_token_ids_is_asked_again_without(
+    agent: Agent, engine: FakeEngine
+) -> None:
+    engine.knows_token_ids = False
+    reply = await agent.ask()
+    await reply.all()
+    assert reply.text == "Hello world"
+    assert reply.deltas[0].prompt_token_ids is None
+    before = len(engine.bodies)
+    await (await agent.ask()).all()
+    assert len(engine.bodies) == before + 1  # remembered
+
+
+async def test_refusals(agent: Agent, engine: FakeEngine) -> None:
+    async def code(**changes: object) -> protocol.FailureCode:
+        return (await (await agent.ask(**changes)).all())[-1].code
+
+    assert await code(model="other") is protocol.FailureCode.UNKNOWN_MODEL
+    assert await code(body=b"[1]") is protocol.FailureCode.BAD_REQUEST
+    assert await code(body=b"{") is protocol.FailureCode.BAD_REQUEST
+    assert await code(kind="image") is protocol.FailureCode.BAD_REQUEST
+
+
+async def test_over_capacity_is_refused(agent: Agent, engine: FakeEngine) -> None:
+    engine.gap_seconds = 0.5
+    replies = [await agent.ask() for _ in range(4)]
+    for reply in replies:
+        assert isinstance(await reply.next(), protocol.Accepted)
+    refused = (await (await agent.ask()).all())[-1]
+    assert (refused.code, refused.is_retriable) == (protocol.FailureCode.OVERLOADED, True)
+    for reply in replies:
+        await reply.control(protocol.Cancel(reply.request.id))
+        await reply.all()
+
+
+async def test_drain_finishes_running_requests_and_refuses_new_ones(agent: Agent, engine: FakeEngine) -> None:
+    engine.gap_seconds = 0.3
+    running = await agent.ask()
+    await running.next()
+    agent.service.stop()
+    await agent.until_status(lambda status: status.is_draining)
+    refused = (await (await agent.ask()).all())[-1]
+    assert refused.code is protocol.FailureCode.DRAINING
+    await running.all()
+    assert running.text == "Hello world"
+
+
+async def test_status_tells_prices_load_and_price_changes(agent: Agent, engine: FakeEngine) -> None:
+    status = agent.statuses[-1]
+    (model,) = status.models
+    assert (model.price_in, model.price_out, model.capacity) == (100_000_000, 200_000_000, 4)
+    assert model.waiting == 3
+    assert (agent.folder / "status.json").exists()
+
+
+async def test_nothing_said_is_written_down(
+    agent: Agent, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="node_agent")
+    engine.words = [SECRET, " ", SECRET]
+    reply = await agent.ask()
+    await reply.all()
+    assert SECRET in reply.text
+    engine.script = lambda response: response.write(b"data: {" + SECRET.encode() + b"\n\n")
+    await (await agent.ask()).all()
+    await agent.until_status(lambda status: status.served >= 1)
+    written = b"".join(path.read_bytes() for path in agent.folder.rglob("*") if path.is_file())
+    assert SECRET.encode() not in written
+    assert SECRET not in caplog.text
+    entries = [json.loads(line) for line in (agent.folder / "journal.jsonl").read_text().splitlines()]
+    assert [entry["outcome"] for entry in entries] == ["ok", "internal"]
+    assert entries[0]["completion_tokens"] == 3
+    assert re.fullmatch(r"r\d+", entries[0]["id"])
