@@ -49,8 +49,10 @@ from chain.localnet.solana_vm.journal import JournalBusy, JournalError
 from chain.localnet.solana_vm.server import serving
 from chain.networks import SOLANA
 from chain.solana import programs
+from chain.solana.escrow import EscrowTerms
 from chain.solana.rpc import SolanaRpc
 from chain.solana.sending import send_and_confirm
+from chain.solana.sweeps import sweep_terms
 from chain.units import Micro
 
 HOST: Final = "127.0.0.1"
@@ -195,6 +197,24 @@ class SolanaDeployment:
     sweep_nonce_account: str
     """Durable nonce of sweeps, so that a waiting sweep never blocks a payout."""
     genesis_hash: str
+
+    @property
+    def terms(self) -> EscrowTerms:
+        """What payout batches are made of."""
+        return EscrowTerms(
+            mint=self.usdc_mint,
+            multisig=self.multisig,
+            signers=self.signers,
+            threshold=self.threshold,
+            escrow=self.escrow,
+            gas_payer=self.gas_payer,
+            nonce_account=self.nonce_account,
+        )
+
+    @property
+    def sweep_terms(self) -> EscrowTerms:
+        """What sweeps are made of."""
+        return sweep_terms(self.terms, self.sweep_nonce_account)
 
     def to_dict(self) -> dict[str, object]:
         """Give a JSON-serialisable form."""

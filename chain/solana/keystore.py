@@ -95,6 +95,11 @@ def load(path: Path, password: str) -> Keypair:
     return keypair
 
 
+def from_seed(seed: bytes) -> Keypair:
+    """Make the key of a 32-byte secret seed, for keys kept elsewhere (settings, a vault)."""
+    return Keypair.from_seed(seed)
+
+
 def sign(keypair: Keypair, message: bytes) -> bytes:
     """Give the 64-byte Ed25519 signature over `message`."""
     return bytes(keypair.sign_message(message))

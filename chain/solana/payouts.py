@@ -25,8 +25,8 @@ from chain.ports import Approval, Landed, PayoutLine, SignedTransaction, Sweep, 
 from chain.solana import escrow as consent
 from chain.solana import programs
 from chain.solana.escrow import EscrowTerms
-from chain.solana.rpc import PREFLIGHT_FAILURE, AccountState, InContext, NodeError, SolanaRpc
-from chain.solana.sending import reason, send_and_confirm
+from chain.solana.rpc import AccountState, InContext, NodeError, SolanaRpc
+from chain.solana.sending import explain, reason, send_and_confirm
 from chain.units import Micro
 
 FINALIZED: Final = "finalized"
@@ -46,7 +46,6 @@ class LineReverted(Reverted):
 
 class _Simulated(msgspec.Struct):
     err: Any = None
-    logs: list[str] | None = None
 
 
 class _Blockhash(msgspec.Struct):
@@ -177,8 +176,7 @@ class MultisigRail:
         error = answer.value.err
         if error is None:
             return
-        told = "; ".join(line for line in answer.value.logs or [] if "rror" in line)
-        why = f"{msgspec.json.encode(error).decode()} {told}".strip()
+        why = explain(error)
         index = _failing_instruction(error)
         if index is not None and 1 <= index <= len(unsigned.lines):
             raise LineReverted(unsigned.lines[index - 1].payout_id, why)
@@ -216,20 +214,29 @@ class MultisigRail:
     async def broadcast(self, signed: SignedTransaction) -> None:
         """Send the same bytes; already known or already landed is success.
 
-        Reverted if the chain says these bytes would fail (nothing happened, the fence is unspent);
-        UnknownResult in every other case: ask `landed` and `is_fence_spent`.
+        UnknownResult in every other case, a refusal by the node included: the bytes stay good until
+        their fence is spent (an escrow too empty today may be full tomorrow), so a refusal is no proof of
+        anything.  Ask `landed` and `is_fence_spent`; `spend_fence` ends a batch for good.
         """
         try:
             await self._rpc.send(signed.raw)
-        except NodeError as e:
-            if await self._is_known(signed.tx):
-                return
-            error = e.data.get("err") if isinstance(e.data, dict) else None
-            if e.code == PREFLIGHT_FAILURE and isinstance(error, dict):
-                raise Reverted(reason(e)) from e
-            raise UnknownResult(f"{signed.tx}: {e}") from e
         except (RpcUnavailable, Malformed) as e:
-            raise UnknownResult(f"{signed.tx}: {e}") from e
+            if isinstance(e, NodeError) and await self._is_known(signed.tx):
+                return
+            why = reason(e) if isinstance(e, NodeError) else str(e)
+            raise UnknownResult(f"{signed.tx}: {why}") from e
+
+    async def spend_fence(self, fence: str) -> None:
+        """Make every batch on `fence` void, by advancing the nonce with the gas key alone.
+
+        Returns once the attempt is confirmed or the fence is found spent; `is_fence_spent` proves it at
+        finality (a batch may have landed first: ask `landed` too).
+        """
+        if await self._fence(CONFIRMED) != fence:
+            return
+        gas = self._gas_key.pubkey()
+        advance = programs.advance_nonce(Pubkey.from_string(self.terms.nonce_account), gas)
+        await send_and_confirm(self._rpc, [advance], [self._gas_key])
 
     async def _is_known(self, tx: str) -> bool:
         try:

@@ -22,6 +22,14 @@ from chain.solana.rpc import PREFLIGHT_FAILURE, NodeError, SolanaRpc
 POLL_S_MIN: Final = 0.02
 POLL_S_MAX: Final = 1.0
 CONFIRM_S_MAX: Final = 60
+_TOKEN_ERRORS: Final = {
+    0: "lamports below rent",
+    1: "insufficient funds",
+    3: "another mint",
+    4: "owner does not match",
+    17: "account is frozen",
+}
+"""SPL Token `error.rs`."""
 
 
 def sign(message: MessageV0, signers: Sequence[Keypair]) -> VersionedTransaction:
@@ -32,12 +40,21 @@ def sign(message: MessageV0, signers: Sequence[Keypair]) -> VersionedTransaction
     return VersionedTransaction.populate(message, [by_key[k].sign_message(raw) for k in needed])
 
 
+def explain(error: Any) -> str:
+    """Say a TransactionError (its JSON form) in words, with the Token program's names for its codes."""
+    detail = error.get("InstructionError") if isinstance(error, dict) else None
+    if not isinstance(detail, list) or len(detail) != 2:
+        return str(error)
+    index, inner = detail
+    code = inner.get("Custom") if isinstance(inner, dict) else None
+    named = f" ({_TOKEN_ERRORS[code]}, if the Token program says it)" if code in _TOKEN_ERRORS else ""
+    return f"instruction {index}: {inner}{named}"
+
+
 def reason(error: NodeError) -> str:
-    """Why a node refused a transaction, with the program's last words if there are any."""
-    data: Any = error.data
-    logs = data.get("logs") if isinstance(data, dict) else None
-    told = [line for line in logs or [] if isinstance(line, str) and "rror" in line]
-    return f"{error.message}; {told[-1]}" if told else error.message
+    """Why a node refused a transaction."""
+    told = error.data.get("err") if isinstance(error.data, dict) else None
+    return f"{error.message}; {explain(told)}" if told is not None else error.message
 
 
 async def send_and_confirm(
@@ -69,7 +86,7 @@ async def confirm(rpc: SolanaRpc, signature: str) -> None:
         status = await rpc.status(signature)
         if status is not None and status.confirmation_status in ("confirmed", "finalized"):
             if status.err is not None:
-                raise Reverted(f"{signature}: {status.err}")
+                raise Reverted(f"{signature}: {explain(status.err)}")
             return
         await asyncio.sleep(pause_s)
         waited_s += pause_s

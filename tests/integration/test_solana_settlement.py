@@ -7,20 +7,19 @@ import base64
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from solders.hash import Hash
-from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
-from solders.message import MessageV0
 from solders.pubkey import Pubkey
 
 from chain.errors import Reverted, RpcUnavailable, UnknownResult, WrongChain
 from chain.localnet.solana import SolanaDeployment, deploy, fund
 from chain.localnet.solana_vm.server import serving
+from chain.localnet.solana_wallet import SolanaWallet
 from chain.ports import PayoutLine, TransferSeen
 from chain.solana import deposits, escrow, programs, sending, sweeps
 from chain.solana.payouts import LineReverted, MultisigRail
@@ -55,34 +54,16 @@ class World:
 
     @property
     def terms(self) -> escrow.EscrowTerms:
-        d = self.deployment
-        return escrow.EscrowTerms(
-            d.usdc_mint, d.multisig, d.signers, d.threshold, d.escrow, d.gas_payer, d.nonce_account
-        )
+        return self.deployment.terms
 
     @property
     def rail(self) -> MultisigRail:
         return MultisigRail(self.rpc, self.terms, self.gas)
 
-    async def buyer(self, usdc: int) -> Keypair:
-        buyer = Keypair()
-        await fund(self.rpc, str(buyer.pubkey()), usdc=Micro(usdc), lamports=10**9)
+    async def buyer(self, usdc: int) -> SolanaWallet:
+        buyer = SolanaWallet(self.rpc)
+        await fund(self.rpc, buyer.address, usdc=Micro(usdc), lamports=10**9)
         return buyer
-
-    async def pay(self, buyer: Keypair, to: str, amount: int, references: Iterable[str] = ()) -> str:
-        """What a wallet does with a Solana Pay link: transferChecked with extra read-only keys."""
-        owner, mint = Pubkey.from_string(to), Pubkey.from_string(self.deployment.usdc_mint)
-        move = programs.transfer_checked(
-            source=programs.associated_token_account(buyer.pubkey(), mint),
-            mint=mint,
-            to=programs.associated_token_account(owner, mint),
-            authority=buyer.pubkey(),
-            signers=(),
-            amount=amount,
-        )
-        keys = [AccountMeta(Pubkey.from_string(r), is_signer=False, is_writable=False) for r in references]
-        move = Instruction(move.program_id, bytes(move.data), [*move.accounts, *keys])
-        return await sending.send_and_confirm(self.rpc, [move], [buyer])
 
     async def seen(self, watch: Watch) -> list[TransferSeen]:
         head = await self.reader.head()
@@ -137,17 +118,20 @@ async def test_a_solana_pay_deposit_carries_its_reference(world: World) -> None:
     reference, other = deposits.new_reference(), deposits.new_reference()
     watch = Watch({world.deployment.escrow}, {reference, other})
     buyer = await world.buyer(9_000_000)
-    tx = await world.pay(buyer, world.deployment.multisig, 7_000_000, [reference])
+    link = deposits.solana_pay_url(
+        world.deployment.multisig, reference=reference, label="Tollway", amount=Micro(7_000_000)
+    )
+    tx = await buyer.pay_link(link)
     (seen,) = await world.seen(watch)
     assert (seen.tx, seen.to, seen.amount) == (tx, world.deployment.escrow, Micro(7_000_000))
     assert seen.key == f"{tx}:{world.deployment.escrow}"
     assert seen.references == (reference,)
-    assert seen.sender == str(buyer.pubkey())
+    assert seen.sender == buyer.address
 
 
 async def test_a_deposit_is_seen_before_it_is_final(world: World) -> None:
     buyer = await world.buyer(9_000_000)
-    await world.pay(buyer, world.deployment.multisig, 5_000_000)
+    await buyer.pay(world.deployment.multisig, Micro(5_000_000))
     (seen,) = await world.seen(Watch({world.deployment.escrow}))
     assert (await world.reader.final()).height < seen.height
     assert await world.reader.usdc_balance(world.deployment.escrow) == Micro(0)
@@ -165,13 +149,13 @@ async def test_a_pool_address_takes_a_plain_transfer_and_is_swept_by_two_of_thre
     two = await deposits.prepare_pool_address(world.rpc, world.gas, SEED, 2, multisig=multisig)
     assert one == await deposits.prepare_pool_address(world.rpc, world.gas, SEED, 1, multisig=multisig)
     buyer = await world.buyer(20_000_000)
-    await world.pay(buyer, one.owner, 6_000_000)
-    last = await world.pay(buyer, two.owner, 8_000_000)
+    await buyer.pay(one.owner, Micro(6_000_000))
+    last = await buyer.pay(two.owner, Micro(8_000_000))
     (first_seen, second_seen) = await world.seen(Watch({one.token_account, two.token_account}))
     assert (first_seen.to, second_seen.to) == (one.token_account, two.token_account)
     await world.until_final(last)
 
-    terms = sweeps.sweep_terms(world.terms, world.deployment.sweep_nonce_account)
+    terms = world.deployment.sweep_terms
     moves = await sweeps.due(world.rpc, terms, [one.token_account, two.token_account], minimum=Micro(1))
     assert moves == [(two.token_account, Micro(8_000_000)), (one.token_account, Micro(6_000_000))]
     rail = MultisigRail(world.rpc, terms, world.gas)
@@ -187,58 +171,15 @@ async def test_a_pool_address_takes_a_plain_transfer_and_is_swept_by_two_of_thre
     assert await sweeps.due(world.rpc, terms, [one.token_account], minimum=Micro(1)) == []
 
 
-async def test_a_token_of_another_mint_is_not_a_deposit(world: World) -> None:
-    """Only the pinned mint's delta counts: a reader pinned to another mint sees nothing here."""
-    buyer = await world.buyer(9_000_000)
-    await world.pay(buyer, world.deployment.multisig, 5_000_000)
-    other = SolanaReader(world.rpc, mint=str(Keypair().pubkey()))
-    head = await other.head()
-    blocks = await other.blocks(0, head.height, Watch({world.deployment.escrow}))
-    assert [t for b in blocks for t in b.inbound] == []
-    assert len(await world.seen(Watch({world.deployment.escrow}))) == 1
-
-
-async def test_a_failed_transfer_is_ignored(world: World) -> None:
-    buyer = await world.buyer(9_000_000)
-    mint, multisig = (
-        Pubkey.from_string(world.deployment.usdc_mint),
-        Pubkey.from_string(world.deployment.multisig),
-    )
-    source = programs.associated_token_account(buyer.pubkey(), mint)
-
-    def move(amount: int) -> Instruction:
-        return programs.transfer_checked(
-            source=source,
-            mint=mint,
-            to=programs.associated_token_account(multisig, mint),
-            authority=buyer.pubkey(),
-            signers=(),
-            amount=amount,
-        )
-
-    latest = await world.rpc.latest_blockhash()
-    message = MessageV0.try_compile(
-        buyer.pubkey(), [move(5_000_000), move(50_000_000)], [], Hash.from_string(latest.blockhash)
-    )
-    raw = bytes(sending.sign(message, [buyer]))
-    with pytest.raises(RpcUnavailable, match=r"insufficient|custom program error"):
-        await world.rpc.send(raw)
-    options = {"encoding": "base64", "skipPreflight": True}
-    signature = await world.rpc.call("sendTransaction", [base64.b64encode(raw).decode(), options], str)
-    with pytest.raises(Reverted):
-        await sending.confirm(world.rpc, signature)
-    assert await world.seen(Watch({world.deployment.escrow})) == []
-
-
 async def test_a_fork_takes_a_seen_deposit_away(world: World) -> None:
     buyer = await world.buyer(9_000_000)
-    tx = await world.pay(buyer, world.deployment.multisig, 5_000_000)
+    tx = await buyer.pay(world.deployment.multisig, Micro(5_000_000))
     (seen,) = await world.seen(Watch({world.deployment.escrow}))
     await world.rpc.call("dev_fork", [0, {"lastKept": seen.height - 1}], int)
     assert await world.seen(Watch({world.deployment.escrow})) == []
     assert await world.reader.header_at(seen.height) is None
     assert await world.rpc.status(tx) is None
-    await world.pay(buyer, world.deployment.multisig, 9_000_000)
+    await buyer.pay(world.deployment.multisig, Micro(9_000_000))
     (again,) = await world.seen(Watch({world.deployment.escrow}))
     assert again.amount == Micro(9_000_000)
 
@@ -307,7 +248,7 @@ async def test_the_token_program_itself_refuses_one_signature_of_two(world: Worl
     steal = programs.transfer_checked(
         source=Pubkey.from_string(d.escrow),
         mint=mint,
-        to=programs.associated_token_account(to.pubkey(), mint),
+        to=Pubkey.from_string(to.token_account),
         authority=Pubkey.from_string(d.multisig),
         signers=(world.signers[0].pubkey(),),
         amount=1,
@@ -392,10 +333,45 @@ async def test_a_fork_that_drops_a_payout_leaves_its_bytes_good(world: World) ->
     assert await world.reader.usdc_balance(rail.escrow) == Micro(40_000_000)
 
 
+async def test_a_batch_is_ended_for_good_by_spending_its_fence(world: World) -> None:
+    await a_funded_escrow(world, 50_000_000)
+    rail, line = world.rail, a_line(10_000_000)
+    unsigned = await rail.prepare([line])
+    signed = await rail.assemble(unsigned, [escrow.approve(unsigned, s) for s in world.signers[:2]])
+    await rail.spend_fence(unsigned.fence)
+    await rail.spend_fence(unsigned.fence)
+    with pytest.raises(UnknownResult, match="Blockhash not found"):
+        await rail.broadcast(signed)
+    for _ in range(400):
+        if await rail.is_fence_spent(unsigned.fence):
+            break
+        await asyncio.sleep(0.01)
+    else:
+        pytest.fail("the fence was not spent")
+    assert await rail.landed(signed) is None
+    assert await world.usdc_of(line.to) == 0
+
+
+async def test_a_refused_batch_stays_good_until_its_fence_is_spent(world: World) -> None:
+    """Why a node's refusal is no failure: the same bytes land once the escrow is full enough."""
+    await a_funded_escrow(world, 10_000_000)
+    rail, line = world.rail, a_line(10_000_000)
+    unsigned = await rail.prepare([line])
+    richer = escrow.rebuild([replace(line, amount=Micro(15_000_000))], unsigned.fence, unsigned.context)
+    approvals = [escrow.approve(richer, s) for s in world.signers[:2]]
+    signed = await rail.assemble(richer, approvals)
+    with pytest.raises(UnknownResult, match="insufficient funds"):
+        await rail.broadcast(signed)
+    await a_funded_escrow(world, 10_000_000)
+    await rail.broadcast(signed)
+    await world.until_final(signed.tx)
+    assert await world.usdc_of(line.to) == 15_000_000
+
+
 async def test_a_batch_the_escrow_cannot_cover_names_the_line(world: World) -> None:
     await a_funded_escrow(world, 10_000_000)
     lines = [a_line(8_000_000, name="fits"), a_line(8_000_000, name="breaks")]
-    with pytest.raises(LineReverted, match="breaks") as caught:
+    with pytest.raises(LineReverted, match=r"breaks.*insufficient funds") as caught:
         await world.rail.prepare(lines)
     assert caught.value.payout_id == "breaks"
 
