@@ -1,8 +1,8 @@
 """A lane: one poster's exclusive hash chain, and the one transaction that extends it by a batch.
 
-Exclusive means an advisory lock held by the lane's own database session.  When that session is lost,
-whoever gets the lock next knows that no transaction of the old session is still running; so after a
-lost commit, the head of the chain tells for certain whether the batch landed.
+Exclusive means an advisory lock held by the lane's own database session.  When that session is lost and
+somebody holds the lock again, no transaction of the old session is running any more; so after a lost
+commit, the chain tells for certain whether the batch landed.
 
 The transaction: COPY the rows, lock leases by id, lock balances by account id, consume leases and move
 balances (each row once), append to the chain.  It talks to asyncpg below SQLAlchemy: binary COPY.
@@ -32,7 +32,7 @@ from marketplace.ledger.charges import (
     extend_chain,
     pack,
 )
-from marketplace.ledger.errors import LedgerUnavailable
+from marketplace.ledger.errors import LaneBroken, LedgerUnavailable
 from marketplace.ledger.ids import NewId
 from marketplace.ledger.lease_book import Hold
 from marketplace.ledger.money import Nano
@@ -49,6 +49,12 @@ _SESSION: Final = (
     "SET tcp_keepalives_count = 3",
 )
 _HEAD: Final = "SELECT n, hash FROM batches WHERE lane = $1 ORDER BY n DESC LIMIT 1"
+_BATCHES: Final = "SELECT n, hash FROM batches WHERE lane = $1 AND n = ANY($2::bigint[])"
+_HOLDER: Final = """
+    SELECT pid FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND objsubid = 2
+      AND classid = $1::int::oid AND objid = $2::int::oid
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
 _LOCK_LEASES: Final = """
     SELECT id, buyer, amount FROM leases WHERE id = ANY($1::uuid[]) ORDER BY id FOR NO KEY UPDATE"""
 _LOCK_BALANCES: Final = """
@@ -103,6 +109,14 @@ class Attempt:
     hash: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Which database session held which lane."""
+
+    lane: int
+    pid: int
+
+
 @dataclass(slots=True, eq=False)
 class Lane:
     """A claimed lane; `n` and `hash` are the head of its chain."""
@@ -115,20 +129,25 @@ class Lane:
     connection: AsyncConnection
     driver: asyncpg.Connection[asyncpg.Record]
 
+    @property
+    def session(self) -> Session:
+        return Session(self.number, self.driver.get_server_pid())
+
     async def drop(self) -> None:
         """End the session, and with it the claim."""
-        await self.connection.invalidate()
-        await self.connection.close()
+        await _discard(self.connection)
 
     def prepare(self, charges: Sequence[Charge]) -> tuple[Attempt, list[bytes]]:
         rows = [pack(charge, self.number, self.n + 1) for charge in charges]
         return Attempt(self.n + 1, self.hash, extend_chain(self.hash, rows)), rows
 
 
-async def claim(engine: AsyncEngine, number: int | None, *, patience_s: float) -> Lane:
-    """Claim this lane, waiting for its last holder to go, or (None) the first free one.
+async def claim(engine: AsyncEngine, number: int | None, *, after: Session | None, patience_s: float) -> Lane:
+    """Claim this lane, or (None) the first free one.
 
-    Raises `LedgerUnavailable` when no lane came free in time.
+    `after` is the caller's last session: its lane is claimed again, or another if somebody else has taken
+    it since; either way, that session's transactions are over when this returns.  Raises
+    `LedgerUnavailable` when nothing came free in time.
     """
     connection = await engine.connect()
     try:
@@ -136,29 +155,62 @@ async def claim(engine: AsyncEngine, number: int | None, *, patience_s: float) -
         assert isinstance(driver, asyncpg.Connection)
         for setting in _SESSION:
             await driver.execute(setting)
-        claimed = await _lock(driver, number, patience_s)
+        claimed = await _lock(driver, number, after, patience_s)
         async with connection.begin():
             revenue = await ensure_account(connection, platform_revenue(claimed))
             loss = await ensure_account(connection, LOSS)
         head = await driver.fetchrow(_HEAD, claimed)
     except BaseException:
-        await connection.invalidate()
-        await connection.close()
+        await _discard(connection)
         raise
     n, last = (0, GENESIS) if head is None else (head["n"], head["hash"])
     return Lane(claimed, revenue, loss, n, last, connection, driver)
 
 
-async def _lock(driver: asyncpg.Connection[asyncpg.Record], number: int | None, patience_s: float) -> int:
+async def _discard(connection: AsyncConnection) -> None:
+    """Close for good: back in the pool, the session would keep its locks."""
+    try:
+        await connection.invalidate()
+    finally:
+        await connection.close()
+
+
+async def _lock(
+    driver: asyncpg.Connection[asyncpg.Record],
+    number: int | None,
+    after: Session | None,
+    patience_s: float,
+) -> int:
     clock = asyncio.get_running_loop().time
     give_up_at = clock() + patience_s
     while True:
-        for lane in range(LANES_MAX) if number is None else (number,):
+        wanted = await _candidates(driver, number, after)
+        for lane in wanted:
             if await driver.fetchval("SELECT pg_try_advisory_lock($1, $2)", _LOCK_CLASS, lane):
                 return lane
         if clock() >= give_up_at:
             raise LedgerUnavailable("no poster lane came free")
         await asyncio.sleep(0.05)
+
+
+async def _candidates(
+    driver: asyncpg.Connection[asyncpg.Record], number: int | None, after: Session | None
+) -> Sequence[int]:
+    if after is None:
+        return range(LANES_MAX) if number is None else (number,)
+    holder = await driver.fetchval(_HOLDER, _LOCK_CLASS, after.lane)
+    if holder in {None, after.pid}:
+        return (after.lane,)  # free, or still our own old session's: nothing else would prove that it ended
+    return range(LANES_MAX)
+
+
+async def landed(lane: Lane, number: int, attempt: Attempt) -> bool:
+    """Whether that batch of lane `number` was committed; its session is over (see `claim`)."""
+    found = await lane.driver.fetch(_BATCHES, number, [attempt.n - 1, attempt.n])
+    stored = {row["n"]: row["hash"] for row in found} | ({0: GENESIS} if attempt.n == 1 else {})
+    if stored.get(attempt.n - 1) != attempt.previous:
+        raise LaneBroken(f"lane {number}: batch {attempt.n - 1} is not what batch {attempt.n} was chained to")
+    return stored.get(attempt.n) == attempt.hash
 
 
 @dataclass(slots=True)

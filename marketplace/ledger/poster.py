@@ -29,7 +29,6 @@ from marketplace.ledger.charges import Charge, pack
 from marketplace.ledger.errors import (
     ChargeRefused,
     KeyReused,
-    LaneBroken,
     LedgerBroken,
     LedgerError,
     LedgerUnavailable,
@@ -37,7 +36,14 @@ from marketplace.ledger.errors import (
     UnknownResult,
 )
 from marketplace.ledger.ids import NewId, uuid7
-from marketplace.ledger.lane import Attempt, Lane, MissingAccountsError, NeedsLossAccountError, Waiting
+from marketplace.ledger.lane import (
+    Attempt,
+    Lane,
+    MissingAccountsError,
+    NeedsLossAccountError,
+    Session,
+    Waiting,
+)
 from marketplace.ledger.lease_book import Hold, HoldState
 from marketplace.ledger.money import ZERO, Nano
 
@@ -80,6 +86,7 @@ class Poster:
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._lane: Lane | None = None
+        self._session: Session | None = None
         self._broken: LedgerError | None = None
         self._is_closing = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -132,8 +139,8 @@ class Poster:
 
     @property
     def lane(self) -> int | None:
-        """The lane's number, once claimed."""
-        return self._wanted_lane
+        """The number of the lane last claimed."""
+        return None if self._session is None else self._session.lane
 
     async def post(self, charge: Charge, hold: Hold | None = None) -> bool:
         """Make the charge durable; True if it is new, False if the same charge was on record already.
@@ -262,21 +269,22 @@ class Poster:
                 if _is_charges_fault(e):
                     raise
                 _log.warning("a batch met a fault; asking the lane's chain", exc_info=True)
-                if await self._landed(attempt):
+                if await self._landed(attempt, lane.number):
                     return
             else:
                 return
 
-    async def _landed(self, attempt: Attempt) -> bool:
-        """Ask for certain: a new session holds the lane, so the old transaction is over."""
+    async def _landed(self, attempt: Attempt, number: int) -> bool:
+        """Ask for certain: once a lane is claimed again, the old session's transaction is over."""
         await self._drop_lane()
-        await asyncio.sleep(_RETRY_S)
-        lane = await self._claimed()
-        if (lane.n, lane.hash) == (attempt.n, attempt.hash):
-            return True
-        if (lane.n, lane.hash) == (attempt.n - 1, attempt.previous):
-            return False
-        raise LaneBroken(f"lane {lane.number} stands at {lane.n}, not at {attempt.n - 1} or {attempt.n}")
+        while True:
+            await asyncio.sleep(_RETRY_S)
+            lane = await self._claimed()
+            try:
+                return await lanes.landed(lane, number, attempt)
+            except _FAULTS:
+                _log.warning("could not ask the lane's chain", exc_info=True)
+                await self._drop_lane()
 
     async def _without_stored(self, part: Sequence[Waiting]) -> list[Waiting]:
         """Answer for the charges that are on record already; give back the others."""
@@ -307,8 +315,10 @@ class Poster:
 
     async def _claim(self) -> None:
         try:
-            self._lane = await lanes.claim(self._engine, self._wanted_lane, patience_s=self._patience_s)
-            self._wanted_lane = self._lane.number
+            self._lane = await lanes.claim(
+                self._engine, self._wanted_lane, after=self._session, patience_s=self._patience_s
+            )
+            self._session = self._lane.session
         except _FAULTS:
             _log.warning("no poster lane yet", exc_info=True)
             await asyncio.sleep(_RETRY_S)

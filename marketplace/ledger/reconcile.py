@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import bindparam, text
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import RowMapping, bindparam, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncResult
 
 from marketplace.ledger.accounts import ASSETS, FLOORED, PERMITTED
 from marketplace.ledger.charges import COLUMNS, GENESIS, charge_of, extend_chain, pack
@@ -199,20 +199,26 @@ async def prove_chains(conn: AsyncConnection) -> AsyncIterator[Check]:
         yield await _prove_chain(conn, lane)
 
 
+async def _one_by_one(stored: AsyncResult[Any]) -> AsyncIterator[RowMapping]:
+    async for part in stored.mappings().partitions(2_000):
+        for row in part:
+            yield row
+
+
 async def _prove_chain(conn: AsyncConnection, lane: int) -> Check:
     """Walk the lane's batches and its rows side by side; the first difference ends the walk."""
     name, previous, n, total = f"L4 chained lane {lane}", GENESIS, 0, 0
     batches = text("SELECT * FROM batches WHERE lane = :lane ORDER BY n")
     async with conn.stream(batches, {"lane": lane}) as links, conn.stream(_ROWS, {"lane": lane}) as stored:
-        rows = stored.mappings()
-        row = await rows.fetchone()
+        rows = _one_by_one(stored)
+        row = await anext(rows, None)
         async for link in links:
             n += 1
             packed, amount = [], 0
             while row is not None and row["batch"] == n:
                 packed.append(pack(charge_of(row), lane, n))
                 amount += row["amount"]
-                row = await rows.fetchone()
+                row = await anext(rows, None)
             expected = extend_chain(previous, packed)
             facts = (link.n, link.rows, link.sum, link.prev_hash, link.hash)
             if facts != (n, len(packed), amount, previous, expected):

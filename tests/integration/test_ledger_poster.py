@@ -20,6 +20,7 @@ from marketplace.ledger.charges import Charge
 from marketplace.ledger.errors import (
     ChargeRefused,
     KeyReused,
+    LaneBroken,
     LedgerUnavailable,
     UnknownAccount,
     UnknownResult,
@@ -34,6 +35,8 @@ from marketplace.platform.database import connect
 
 DOLLAR = 1_000_000_000
 NODE, KEY = uuid4(), uuid4()
+_FORGED_BATCH = """
+    INSERT INTO batches SELECT lane, 3, first_id, last_id, 1, 1, hash, hash FROM batches WHERE n = 2"""
 
 
 @pytest.fixture
@@ -145,8 +148,8 @@ def a_charge(
 ) -> Charge:
     return Charge(
         id=charge_id or uuid7(), buyer=buyer, operator=operator, amount=Nano(amount),
-        fee=split(Nano(amount))[1], node=NODE, model=model, key_id=KEY, tok_in=10, tok_out=20, price_version=1, latency_ms=5, ttft_ms=2,
-        finish="stop",
+        fee=split(Nano(amount))[1], node=NODE, model=model, key_id=KEY, tok_in=10, tok_out=20,
+        price_version=1, latency_ms=5, ttft_ms=2, finish="stop",
     )  # fmt: skip
 
 
@@ -388,3 +391,38 @@ async def test_two_posters_write_to_two_lanes(ledger_engine):
     assert (await balance_of(ledger_engine, accounts.platform_revenue(0))).posted.n == 6_000
     assert (await balance_of(ledger_engine, accounts.platform_revenue(1))).posted.n == 6_000
     assert await everything_holds(ledger_engine)
+
+
+async def test_a_poster_that_lost_its_lane_to_another_goes_on_with_a_free_one(ledger_engine, database_url):
+    buyer, operator = await a_buyer(ledger_engine, balance=DOLLAR), await an_operator(ledger_engine)
+    async with CuttingProxy(database_url) as proxy:
+        engine = connect(proxy.url)
+        try:
+            async with serving(engine, patience_s=10) as (_, one):
+                assert await one.post(a_charge(buyer, operator, 1)) is True
+                await proxy.go_away()
+                posting = asyncio.create_task(one.post(a_charge(buyer, operator, 10)))
+                async with serving(ledger_engine, lane=0) as (_, two):
+                    assert await two.post(a_charge(buyer, operator, 100)) is True
+                    await proxy.come_back()
+                    assert await posting is True
+                    assert (one.lane, two.lane) == (1, 0)
+        finally:
+            await engine.dispose()
+    assert (await balance_of(ledger_engine, accounts.buyer("ann"))).posted.n == DOLLAR - 111
+    assert await everything_holds(ledger_engine)
+
+
+async def test_a_chain_that_lost_its_head_stops_the_poster(ledger_engine, owner_engine):
+    buyer, operator = await a_buyer(ledger_engine, balance=DOLLAR), await an_operator(ledger_engine)
+    async with serving(ledger_engine) as (_, poster):
+        for _ in range(2):
+            await poster.post(a_charge(buyer, operator, 1))
+        async with owner_engine.begin() as conn:
+            await conn.execute(text("UPDATE batches SET hash = sha256('x') WHERE n = 2"))
+            await conn.execute(text(_FORGED_BATCH))
+        with pytest.raises(LaneBroken):
+            await poster.post(a_charge(buyer, operator, 1))
+        with pytest.raises(LaneBroken):
+            await poster.post(a_charge(buyer, operator, 1))
+        assert not poster.is_ready
