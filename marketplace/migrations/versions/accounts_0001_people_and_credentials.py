@@ -69,7 +69,7 @@ TABLES: Final = (
         digest       BYTEA NOT NULL UNIQUE CHECK (length(digest) = 32),
         scopes       TEXT[] NOT NULL CHECK (scopes <@ ARRAY['inference', 'account', 'admin']
                                             AND cardinality(scopes) > 0),
-        created_at   TIMESTAMPTZ NOT NULL,
+        created_at   TIMESTAMPTZ NOT NULL DEFAULT now(),
         last_used_at TIMESTAMPTZ,
         revoked_at   TIMESTAMPTZ,
         expires_at   TIMESTAMPTZ,
@@ -103,6 +103,8 @@ GRANTS: Final = (
     "GRANT UPDATE (name, last_used_at, revoked_at) ON api_keys TO tollway_app",
     "GRANT SELECT, INSERT, DELETE ON wallet_challenges, sessions TO tollway_app",
     "GRANT UPDATE (revoked_at) ON sessions TO tollway_app",
+    # Nothing updates a challenge; sweeping ended ones past each other (SKIP LOCKED) asks for the right.
+    "GRANT UPDATE (expires_at) ON wallet_challenges TO tollway_app",
 )
 
 
