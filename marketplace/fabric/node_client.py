@@ -1,0 +1,355 @@
+"""Ask a node, read its answer: the hot path's view of the fabric.
+
+    client = NodeClient(connection)
+    client.start()
+    async with client.request(node, request) as reply:      # published before `request` returns
+        async for frame in reply:                           # Accepted, Delta…, Heartbeat…, End
+            …
+
+One wildcard subscription serves every reply; a frame costs one dictionary look-up, one decode and a
+wake-up, no task.  Frames are checked as they arrive (`ReplyReader`) and wait in a row that the credit
+bounds: a consumer that stops reading stops the node.  What was received before an error is given first,
+then the error is raised (`marketplace.fabric.errors.RequestBroken`).
+
+Leaving the `async with` before the end sends `Cancel`; so do a passed limit and a broken protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from marketplace.fabric.connection import Connection
+from marketplace.fabric.errors import (
+    ConnectionLost,
+    FabricUnavailable,
+    Limit,
+    NodeAbsent,
+    NodeFailed,
+    NodeSilent,
+    ProtocolBroken,
+    RequestBroken,
+)
+from marketplace.fabric.permissions import reply_subject, reply_subjects
+from node_agent.protocol import (
+    ACCEPT_MS_MAX,
+    FIRST_TOKEN_MS_MAX,
+    IDLE_MS_MAX,
+    WALL_MS_MAX,
+    Accepted,
+    Cancel,
+    Credit,
+    Delta,
+    End,
+    Failed,
+    Heartbeat,
+    NodeId,
+    ProtocolError,
+    ReplyReader,
+    Request,
+    control_subject,
+    encode,
+    request_subject,
+)
+
+_log = logging.getLogger(__name__)
+
+IN_FLIGHT_MAX: Final = 20_000
+HEARTBEATS_MAX: Final = 2_000
+"""More than ten times what ten minutes of silence need; they cost no credit, so they need a limit."""
+DEADLINE_GRACE_MS: Final = 2_000
+"""How long after its own deadline a node may still take to say so."""
+
+_ACCEPT: Final[Limit] = "accept"
+_FIRST_TOKEN: Final[Limit] = "first_token"  # noqa: S105 - a token of text
+_IDLE: Final[Limit] = "idle"
+_WALL: Final[Limit] = "wall"
+
+AnswerFrame = Accepted | Delta | Heartbeat | End
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a gateway waits, in ms. The protocol's numbers; tests shorten them."""
+
+    accept_ms: int = ACCEPT_MS_MAX
+    first_token_ms: int = FIRST_TOKEN_MS_MAX
+    idle_ms: int = IDLE_MS_MAX
+    wall_ms: int = WALL_MS_MAX
+
+
+class Reply:
+    """The answer to one request: frames in order, then the end or an error.
+
+    `node` and `request_id` say what it answers. One consumer reads it.
+    """
+
+    __slots__ = (
+        "_client",
+        "_credit",
+        "_error",
+        "_frames",
+        "_heartbeats",
+        "_last_s",
+        "_loop",
+        "_reader",
+        "_started_s",
+        "_timer",
+        "_waiter",
+        "_wall_s",
+        "had_delta",
+        "is_accepted",
+        "is_over",
+        "key",
+        "node",
+        "request_id",
+    )
+
+    def __init__(self, client: NodeClient, key: bytes, node: NodeId, request: Request) -> None:
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._reader = ReplyReader(request.credit)
+        self._credit = request.credit
+        self._frames: deque[AnswerFrame] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: RequestBroken | None = None
+        self._heartbeats = 0
+        self._started_s = self._last_s = self._loop.time()
+        limits = client.limits
+        self._wall_s = self._started_s + min(limits.wall_ms, request.deadline_ms + DEADLINE_GRACE_MS) / 1000
+        self.key = key
+        self.node = node
+        self.request_id = request.id
+        self.is_accepted = False
+        self.had_delta = False
+        self.is_over = False
+        """Nothing more will arrive; frames may still be waiting to be read."""
+        self._timer = self._loop.call_at(self._due()[0], self._check_limits)
+
+    # -- reading
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AnswerFrame:
+        """Give the next frame; ends after `End`; raises RequestBroken."""
+        frames = self._frames
+        if not frames:
+            await self._arrival()
+            if not frames:
+                raise StopAsyncIteration
+        frame = frames.popleft()
+        self._grant()
+        return frame
+
+    async def batch(self) -> list[AnswerFrame]:
+        """Give all frames that have arrived, waiting for at least one; empty after `End`.
+
+        For a consumer that would write them out together. Raises RequestBroken.
+        """
+        if not self._frames:
+            await self._arrival()
+        frames = list(self._frames)
+        self._frames.clear()
+        self._grant()
+        return frames
+
+    async def _arrival(self) -> None:
+        """Return when there are frames or the end; raises the error if that is what comes next."""
+        self._grant()
+        while not self._frames:
+            if self._error is not None:
+                raise self._error
+            if self.is_over:
+                return
+            assert self._waiter is None, "a reply has one consumer"
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def _grant(self) -> None:
+        """Let the node go on once what waits here is at most half a window."""
+        if self.is_over or len(self._frames) > self._credit // 2:
+            return
+        up_to = self._reader.top_up(self._credit)
+        if up_to is not None:
+            self._client.tell(self.node, Credit(self.request_id, up_to))
+
+    # -- ending early
+
+    def cancel(self) -> None:
+        """Stop the node, if it is still at work; later frames are dropped. Harmless when repeated."""
+        if not self.is_over:
+            self._end()
+            self._client.tell(self.node, Cancel(self.request_id))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    # -- what the client calls
+
+    def receive(self, payload: bytes) -> None:
+        try:
+            frame = self._reader.feed(payload)
+        except ProtocolError as error:
+            self.fail(ProtocolBroken(str(error)), is_node_at_work=True)
+            return
+        self._last_s = self._loop.time()
+        kind = type(frame)
+        if kind is Delta:
+            self.had_delta = True
+        elif kind is Heartbeat:
+            self._heartbeats += 1
+            if self._heartbeats > HEARTBEATS_MAX:
+                self.fail(ProtocolBroken("too many heartbeats"), is_node_at_work=True)
+                return
+            if self._frames and type(self._frames[-1]) is Heartbeat:
+                return  # two in a row say no more than one
+        elif kind is Accepted:
+            self.is_accepted = True
+        elif kind is End:
+            self._end()
+        elif isinstance(frame, Failed):
+            failure = NodeFailed(frame.code, frame.message, is_retriable=frame.is_retriable)
+            self.fail(failure, is_node_at_work=False)
+            return
+        self._frames.append(frame)  # type: ignore[arg-type]  # `Failed` has returned
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def fail(self, error: RequestBroken, *, is_node_at_work: bool) -> None:
+        """End with `error`, telling the node to stop if it may still be at work."""
+        if self.is_over:
+            return
+        error.had_delta = self.had_delta
+        self._error = error
+        self._end()
+        if is_node_at_work:
+            self._client.tell(self.node, Cancel(self.request_id))
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._timer.cancel()
+        self._client.forget(self)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- time
+
+    def _due(self) -> tuple[float, Limit]:
+        """When the next limit passes, and which (loop seconds)."""
+        limits = self._client.limits
+        due_s, limit = self._wall_s, _WALL
+        if not self.is_accepted:
+            return min((due_s, limit), (self._started_s + limits.accept_ms / 1000, _ACCEPT))
+        if not self.had_delta:
+            first_s = self._started_s + limits.first_token_ms / 1000
+            due_s, limit = min((due_s, limit), (first_s, _FIRST_TOKEN))
+        return min((due_s, limit), (self._last_s + limits.idle_ms / 1000, _IDLE))
+
+    def _check_limits(self) -> None:
+        """One timer a request: it looks at the clock when it fires, frames do not touch it."""
+        now_s = self._loop.time()
+        due_s, limit = self._due()
+        if now_s < due_s:
+            self._timer = self._loop.call_at(due_s, self._check_limits)
+            return
+        after_ms = round((now_s - self._started_s) * 1000)
+        self.fail(NodeSilent(limit, after_ms), is_node_at_work=True)
+
+
+class NodeClient:
+    """Every request of this process to any node."""
+
+    def __init__(self, connection: Connection, *, limits: Limits | None = None) -> None:
+        """`connection`: of the user `marketplace`; may be shared with other subscribers."""
+        self.limits = limits or Limits()
+        self._connection = connection
+        self._gateway = secrets.token_hex(8)
+        self._next = 0
+        self._replies: dict[bytes, Reply] = {}
+        self._by_request: dict[str, Reply] = {}
+        self._sid = 0
+
+    def start(self) -> None:
+        self._sid = self._connection.subscribe(
+            reply_subjects(self._gateway), self._received, on_absence=self._absent
+        )
+        self._connection.on_lost(self._lost)
+
+    async def close(self) -> None:
+        """Cancel what is still running."""
+        for reply in list(self._replies.values()):
+            reply.fail(ConnectionLost("this gateway is stopping"), is_node_at_work=True)
+        self._connection.unsubscribe(self._sid)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._replies)
+
+    def request(self, node: NodeId, request: Request) -> Reply:
+        """Send `request` to `node`; raises FabricUnavailable if it could not be sent, ValueError for a
+        request id already in flight. Use the reply in an `async with`, so that it cannot be left running.
+        """
+        if request.id in self._by_request:
+            raise ValueError("this request id is in flight")
+        if len(self._replies) >= IN_FLIGHT_MAX:
+            raise FabricUnavailable(f"{IN_FLIGHT_MAX} requests are in flight")
+        self._next += 1
+        subject = reply_subject(node, self._gateway, str(self._next))
+        self._connection.publish(request_subject(node), encode(request), subject)
+        reply = Reply(self, subject.encode(), node, request)
+        self._replies[reply.key] = reply
+        self._by_request[request.id] = reply
+        return reply
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a request; its consumer sees the end of the iteration. False if it is not in flight."""
+        reply = self._by_request.get(request_id)
+        if reply is None:
+            return False
+        reply.cancel()
+        return True
+
+    # -- what replies call
+
+    def tell(self, node: NodeId, message: Cancel | Credit) -> None:
+        """Send a control message if possible: when it is not, the reply is about to fail anyway."""
+        try:
+            self._connection.publish(control_subject(node), encode(message))
+        except FabricUnavailable as error:
+            _log.debug("control message not sent: %s", error)
+
+    def forget(self, reply: Reply) -> None:
+        self._replies.pop(reply.key, None)
+        self._by_request.pop(reply.request_id, None)
+
+    # -- what the connection calls
+
+    def _received(self, subject: bytes, reply: bytes, payload: bytes) -> None:
+        del reply
+        found = self._replies.get(subject)
+        if found is not None:
+            found.receive(payload)
+
+    def _absent(self, subject: bytes) -> None:
+        found = self._replies.get(subject)
+        if found is not None:
+            found.fail(NodeAbsent(f"node {found.node} is not connected"), is_node_at_work=False)
+
+    def _lost(self) -> None:
+        for reply in list(self._replies.values()):
+            reply.fail(ConnectionLost("the connection to NATS broke"), is_node_at_work=False)
