@@ -55,8 +55,9 @@ class Shelf(Generic[Counter]):
     def models(self) -> list[Model]:
         return list(self._models.values())
 
-    async def counter(self, model: Model) -> Counter:
-        """Give the model's counter, loading it at first use."""
+    async def counter_of(self, name: str) -> Counter:
+        """Give the counter of a model on the shelf, loading it at first use; KeyError if there is none."""
+        model = self._models[name]
         task = self._counters.get(model.tokenizer_sha256)
         if task is None or (task.done() and task.exception() is not None):
             task = asyncio.create_task(self._load(model.tokenizer_sha256))

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import msgspec
 
-from node_agent.protocol import ChoiceDelta, Delta, TokenLogprob, ToolCallDelta
+from node_agent.protocol import ChoiceDelta, Delta, End, TokenLogprob, ToolCallDelta
 
 DONE: Final = b"data: [DONE]\n\n"
-_encode: Final = msgspec.json.Encoder().encode
+encode: Final = msgspec.json.Encoder().encode
 
 
 class UsageOut(msgspec.Struct, omit_defaults=True):
@@ -108,6 +108,7 @@ class Answer:
         self.completion_reported: int | None = None
         self.has_begun = False
         """A part of the answer came from the node: from here on another node cannot take over."""
+        self.is_complete = False
 
     def take(self, frame: Delta) -> None:
         """Add a frame's content to the record."""
@@ -118,6 +119,14 @@ class Answer:
             self.completion_reported = frame.completion_tokens
         for delta in frame.choices:
             self._take_choice(delta)
+
+    def finish(self, frame: End) -> None:
+        """Note the node's closing word and its final counts."""
+        self.is_complete = True
+        if frame.prompt_tokens is not None:
+            self.prompt_reported = frame.prompt_tokens
+        if frame.completion_tokens is not None:
+            self.completion_reported = frame.completion_tokens
 
     def _take_choice(self, delta: ChoiceDelta) -> None:
         choice = self._choices.setdefault(delta.index, _Choice())
@@ -139,6 +148,11 @@ class Answer:
         if delta.finish_reason is not None:
             choice.finish_reason = delta.finish_reason if delta.finish_reason in FINISH_REASONS else "stop"
             choice.stop_reason = delta.stop_reason
+
+    @property
+    def finished(self) -> int:
+        """How many choices have ended."""
+        return sum(choice.finish_reason is not None for choice in self._choices.values())
 
     @property
     def finish_reason(self) -> str | None:
@@ -184,7 +198,7 @@ class Answer:
 
     def _event(self, choices: list[_ChoiceOut], usage: UsageOut | None) -> bytes:
         chunk = _Chunk(self.request_id, "chat.completion.chunk", self._created_s, self._model, choices, usage)
-        return b"data: " + _encode(chunk) + b"\n\n"
+        return b"data: " + encode(chunk) + b"\n\n"
 
     def usage_event(self, usage: UsageOut) -> bytes:
         """Write OpenAI's trailing usage chunk (`stream_options.include_usage`)."""
@@ -215,7 +229,7 @@ class Answer:
                     "finish_reason": choice.finish_reason or "stop",
                 }
             )
-        return _encode(
+        return encode(
             {
                 "id": self.request_id,
                 "object": "chat.completion",
@@ -229,4 +243,4 @@ class Answer:
 
 def error_event(body: dict[str, Any]) -> bytes:
     """Write an error inside a stream that has begun."""
-    return b"data: " + _encode(body) + b"\n\n"
+    return b"data: " + encode(body) + b"\n\n"

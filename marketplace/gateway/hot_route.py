@@ -52,17 +52,24 @@ class ChatCycle:
         self.more_body = True
         self.message_event = asyncio.Event()
         self.response_complete = False
-        self.gone = asyncio.Event()
-        self._is_streaming = False
+        self.is_gone = False
+        self._act: Callable[[], None] | None = None
+
+    def when_gone(self, act: Callable[[], None] | None) -> None:
+        self._act = act
+        if self.is_gone and act is not None:
+            act()
 
     @property
     def disconnected(self) -> bool:
-        return self.gone.is_set()
+        return self.is_gone
 
     @disconnected.setter
     def disconnected(self, value: bool) -> None:
-        if value:
-            self.gone.set()
+        if value and not self.is_gone:
+            self.is_gone = True
+            if self._act is not None:
+                self._act()
 
     async def run_asgi(self, app: object) -> None:
         """Read the body, then serve; uvicorn starts this as the request's task."""
@@ -93,7 +100,6 @@ class ChatCycle:
     def begin(self, status: int, headers: Headers, content_type: bytes = EVENT_STREAM) -> None:
         if self.disconnected:
             return
-        self._is_streaming = True
         framing = b"transfer-encoding: chunked\r\ncache-control: no-store\r\n"
         self._transport.write(_head(status, headers, content_type, framing, keep_alive=self.keep_alive))
 

@@ -6,7 +6,7 @@ ours (`model`, `stream`, `provider`, `user`).  Errors name the field, in OpenAI'
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -31,8 +31,8 @@ class StreamOptions(msgspec.Struct):
 class ProviderPreferences(msgspec.Struct, forbid_unknown_fields=True):
     """How to choose among operators, per request."""
 
-    sort: str | None = None
-    """`price`, `latency` or `throughput`; absent: the marketplace's own score."""
+    sort: Literal["price", "latency", "load"] | None = None
+    """What matters most; absent: the marketplace's own score."""
     only: list[str] | None = None
     ignore: list[str] | None = None
     order: list[str] | None = None

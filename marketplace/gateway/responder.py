@@ -8,7 +8,7 @@ application, which other servers and some tests use.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -29,8 +29,12 @@ class Responder(Protocol):
     """The request's headers, lower-case names; the last of a repeated one."""
     body: bytes
     has_query: bool
-    gone: asyncio.Event
-    """Set when the buyer has closed the connection."""
+    is_gone: bool
+    """The buyer has closed the connection."""
+
+    def when_gone(self, act: Callable[[], None] | None) -> None:
+        """Call `act` once when the buyer leaves, at once if he has left; None forgets the last one."""
+        ...
 
     def answer(self, status: int, headers: Headers, body: bytes, content_type: bytes = JSON) -> None:
         """Send a whole response; harmless if the buyer is gone."""
@@ -57,9 +61,14 @@ class AsgiResponder:
         self.headers = dict(scope["headers"])
         self.body = body
         self.has_query = bool(scope.get("query_string"))
-        self.gone = asyncio.Event()
+        self.is_gone = False
+        self._act: Callable[[], None] | None = None
         self._queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(maxsize=16)
-        self._begun = False
+
+    def when_gone(self, act: Callable[[], None] | None) -> None:
+        self._act = act
+        if self.is_gone and act is not None:
+            act()
 
     def answer(self, status: int, headers: Headers, body: bytes, content_type: bytes = JSON) -> None:
         head = [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *headers]
@@ -77,7 +86,7 @@ class AsgiResponder:
         )
 
     async def send(self, data: bytes) -> None:
-        if self.gone.is_set():
+        if self.is_gone:
             raise BuyerGone
         await self._queue.put({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -86,7 +95,7 @@ class AsgiResponder:
         self._put(None)
 
     def _put(self, message: dict[str, Any] | None) -> None:
-        if not self.gone.is_set():
+        if not self.is_gone:
             if self._queue.full():  # the last messages must not wait for a buyer who does not read
                 self._queue.get_nowait()
             self._queue.put_nowait(message)
@@ -103,7 +112,9 @@ class AsgiResponder:
     async def _watch(self, receive: Any) -> None:
         while (await receive())["type"] != "http.disconnect":
             continue
-        self.gone.set()
+        self.is_gone = True
+        if self._act is not None:
+            self._act()
         if self._queue.full():
             self._queue.get_nowait()
         self._queue.put_nowait(None)

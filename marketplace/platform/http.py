@@ -16,6 +16,7 @@ from uuid import UUID
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -59,6 +60,21 @@ class Refusal(Exception):
     def body(self) -> dict[str, dict[str, str | None]]:
         kind = TYPE_BY_STATUS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class ErrorOut(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class RefusalOut(BaseModel):
+    """Every refusal's body; for the served OpenAPI."""
+
+    error: ErrorOut
 
 
 @dataclass(frozen=True, slots=True)

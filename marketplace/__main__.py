@@ -1,0 +1,5 @@
+"""`python -m marketplace`: the `tollway` command."""
+
+from marketplace.cli import main
+
+main()

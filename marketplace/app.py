@@ -1,0 +1,213 @@
+"""The composition root of the gateway process: `tollway serve`.
+
+Packages that do not know one another meet here: the key ring, the catalogue, the fabric, the ledger's
+lease keeper and poster, and the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from marketplace import accounts, catalog, deposits, fabric, gateway, settlement  # noqa: F401 - the parts
+from marketplace.accounts.authenticate import AccountAuthenticator
+from marketplace.accounts.key_ring import KeyRing
+from marketplace.accounts.routes import router as accounts_router
+from marketplace.catalog.models import TokenizerFiles
+from marketplace.catalog.prices import PriceBook
+from marketplace.catalog.shelf import Shelf
+from marketplace.deposits.routes import router as deposits_router
+from marketplace.fabric.routes import router as fabric_router
+from marketplace.gateway import metrics
+from marketplace.gateway.chat import ChatService
+from marketplace.gateway.hot_route import protocol_for
+from marketplace.gateway.ledger_accounts import RememberedAccounts
+from marketplace.gateway.openapi import router as chat_router
+from marketplace.gateway.routes import router as gateway_router
+from marketplace.ledger.lease_keeper import LeaseKeeper
+from marketplace.ledger.poster import Poster
+from marketplace.metering.counting import TokenCounter
+from marketplace.platform import database
+from marketplace.platform.clock import SystemClock
+from marketplace.platform.http import Services, install_error_handlers
+from marketplace.platform.ids import uuid7
+from marketplace.platform.limits import (
+    DEFAULT_LIMITS,
+    DEVELOPMENT_LIMITS,
+    RateLimitMiddleware,
+    RateLimits,
+)
+from marketplace.platform.settings import Settings, load_chains
+from marketplace.routing.service import FabricService
+from marketplace.settlement.routes import router as settlement_router
+
+DRAIN_S = 30
+"""How long a stopping gateway lets its streams finish."""
+VERSION = "0.1.0"
+
+_log = structlog.get_logger()
+
+
+def _counter_of(files: TokenizerFiles) -> TokenCounter:
+    return TokenCounter(
+        tokenizer=files.tokenizer, chat_template=files.chat_template, special_tokens=files.special_tokens
+    )
+
+
+class Gateway:
+    """One gateway process: its services, from `start` to `stop`, and the ASGI application."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.clock = SystemClock()
+        self.engine: AsyncEngine = database.connect(settings.database_url.get_secret_value(), pool_size=20)
+        self.keys = KeyRing(self.engine, settings.secret, self.clock)
+        self.shelf: Shelf[TokenCounter] = Shelf(self.engine, _counter_of)
+        self.fabric = FabricService(settings, self.engine, PriceBook(self.engine))
+        self.keeper = LeaseKeeper(self.engine, worker=f"gateway-{uuid7()}")
+        self.poster = Poster(self.engine, settle=self.keeper.settle)
+        self.limits = RateLimits(
+            self.clock.monotonic, DEVELOPMENT_LIMITS if settings.is_development else DEFAULT_LIMITS
+        )
+        self.chat = ChatService(
+            keys=self.keys,
+            limits=self.limits,
+            shelf=self.shelf,
+            registry=self.fabric.registry,
+            nodes=self.fabric.nodes,
+            keeper=self.keeper,
+            poster=self.poster,
+            accounts=RememberedAccounts(self.engine),
+            clock=self.clock,
+            secret=settings.secret.get_secret_value().encode(),
+            trusted_proxies=settings.trusted_proxies,
+        )
+        self.app = self._make_app()
+
+    def _make_app(self) -> FastAPI:
+        app = FastAPI(
+            title="Tollway",
+            version=VERSION,
+            summary="A marketplace for LLM inference that settles on chain",
+            docs_url="/docs",
+            redoc_url=None,
+        )
+        authenticator = AccountAuthenticator(self.engine, self.settings, self.clock, self.keys)
+        app.state.services = Services(
+            self.engine,
+            self.settings,
+            load_chains(self.settings.chains_file),
+            self.clock,
+            authenticator,
+        )
+        app.state.shelf = self.shelf
+        app.state.registry = self.fabric.registry
+        app.state.live_nodes = self.fabric.registry
+        app.state.chat = self.chat
+        install_error_handlers(app)
+        for router in (
+            chat_router, gateway_router, accounts_router, deposits_router, fabric_router, settlement_router,
+        ):  # fmt: skip
+            app.include_router(router)
+        self._add_operations(app)
+        app.add_middleware(
+            RateLimitMiddleware,
+            limits=self.limits,
+            trusted_proxies=self.settings.trusted_proxies,
+            person_of=authenticator.person_of,
+        )
+        return app
+
+    def _add_operations(self, app: FastAPI) -> None:
+        @app.get("/healthz", include_in_schema=False)
+        async def healthy() -> dict[str, str]:
+            return {"status": "ok"}
+
+        @app.get("/readyz", include_in_schema=False)
+        async def ready() -> JSONResponse:
+            reasons = await self.unready()
+            return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+        @app.get("/metrics", include_in_schema=False)
+        async def prometheus() -> PlainTextResponse:
+            metrics.WAITING_CHARGES.set(self.poster.waiting)
+            return PlainTextResponse(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    async def unready(self) -> list[str]:
+        """Say what keeps this process from serving; empty when it can."""
+        reasons = []
+        if not self.keys.is_fresh:
+            reasons.append("keys are stale")
+        if not self.fabric.is_connected:
+            reasons.append("no connection to NATS")
+        if not self.poster.is_ready:
+            reasons.append("no poster lane")
+        try:
+            async with asyncio.timeout(2), self.engine.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+        except Exception:
+            reasons.append("the database does not answer")
+        return reasons
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start every service in order; stop them in reverse."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.engine.dispose)
+            await self.keys.start()
+            stack.push_async_callback(self.keys.stop)
+            await self.shelf.start()
+            stack.push_async_callback(self.shelf.stop)
+            await self.keeper.start()
+            stack.push_async_callback(self.keeper.close)
+            await self.poster.start()
+            stack.push_async_callback(self.poster.close)
+            await self.fabric.start()
+            stack.push_async_callback(self.fabric.stop)
+            yield
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling: ours stops it in order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+async def serve(settings: Settings) -> None:
+    """Run one gateway until SIGTERM or SIGINT; streams are given DRAIN_S to finish."""
+    gateway_process = Gateway(settings)
+    async with gateway_process.running():
+        config = uvicorn.Config(
+            gateway_process.app,
+            host=settings.api_host,
+            port=settings.api_port,
+            http=protocol_for(gateway_process.chat.serve),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=DRAIN_S,
+            backlog=2048,
+        )
+        server = _Server(config)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
+        _log.info("gateway is serving", host=settings.api_host, port=settings.api_port)
+        await server.serve()

@@ -1,0 +1,25 @@
+"""What a gateway tells Prometheus about itself."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram
+
+REQUESTS: Final = Counter("tollway_requests_total", "Chat requests by outcome", ["status"])
+SECONDS: Final = Histogram(
+    "tollway_request_seconds",
+    "Whole chat requests, the node's time included",
+    buckets=(0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600),
+)
+ADDED_SECONDS: Final = Histogram(
+    "tollway_added_seconds",
+    "Time we add to a request, by stage",
+    ["stage"],
+    buckets=(0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1),
+)
+IN_FLIGHT: Final = Gauge("tollway_requests_in_flight", "Chat requests being served")
+TOKENS: Final = Counter("tollway_tokens_total", "Billed tokens", ["direction"])
+CHARGED_NANO: Final = Counter("tollway_charged_nano_total", "Billed nano-dollars")
+WAITING_CHARGES: Final = Gauge("tollway_charges_waiting", "Charges accepted and not yet durable")
+DRIFT: Final = Counter("tollway_drift_total", "Requests whose node counted otherwise than we did")

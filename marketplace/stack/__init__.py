@@ -1,0 +1,1 @@
+"""Everything on one machine: the development stack behind `tollway up`, `down` and `demo`."""
