@@ -340,7 +340,8 @@ async def _serve(options: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    watcher = asyncio.create_task(_watch_parent(options.parent, ended)) if options.parent else None
+    must_look = options.parent and sys.platform != "linux"
+    watcher = asyncio.create_task(_watch_parent(options.parent, ended)) if must_look else None
     async with serving(
         options.data_dir,
         port=options.port,
