@@ -1,0 +1,363 @@
+"""From transfers on chain to rows and ledger entries, in the watcher's transaction.
+
+Every final inbound transfer changes what we hold, so every one is booked at finality, in the same
+transaction that moves the cursor past it: at every commit the books equal the chain at the cursor (S1).
+
+    for somebody, minimum reached     deposit / deposit_direct         unswept or escrow → buyer
+    for somebody, still below         deposit_unattributed             unswept or escrow → unattributed
+      … and once the sum reaches it   attribution                      unattributed → buyer
+    for nobody                        deposit_unattributed + case      unswept or escrow → unattributed
+    sweep                             sweep                            escrow ← unswept
+
+The sum that must reach the minimum (R7) is over final, uncredited deposits of one person to one address on
+one chain.  The ledger's key is "<chain>:<key>", the row's is (chain, key): a replay changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Row, select, update
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from chain.deposits import Appeared, Confirmed, Deposit, Known, Reorged, advance
+from chain.networks import Chain
+from chain.ports import TransferSeen
+from chain.units import Micro
+from marketplace.deposits.attribution import Attribution, Directory, Swept, ToPerson, Unattributed, attribute
+from marketplace.deposits.tables import deposits, support_cases, sweeps
+from marketplace.ledger import templates
+from marketplace.ledger.accounts import ensure_account
+from marketplace.ledger.money import from_micro
+from marketplace.ledger.posting import lock_balances, post_transfer
+from marketplace.ledger.templates import Transfer
+from marketplace.platform.ids import uuid7
+
+DETAIL_CHARACTERS_MAX: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """A deposit that became a buyer's balance."""
+
+    person_id: UUID
+    chain: Chain
+    key: str
+    amount: Micro
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What decides about deposits on one chain."""
+
+    chain: Chain
+    escrow: str
+    deposit_micro_min: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A transfer that is final for the first time, and whose it is."""
+
+    transfer: TransferSeen
+    attribution: ToPerson | Unattributed
+
+
+async def record_seen(
+    conn: AsyncConnection,
+    rules: Rules,
+    transfers: Sequence[TransferSeen],
+    directory: Directory,
+    now: datetime,
+) -> None:
+    """Show people what is on its way; moves no money.  Sweeps and strangers' money wait for finality."""
+    known = await _known(conn, rules.chain, transfers)
+    for transfer in transfers:
+        found = attribute(transfer, directory)
+        if transfer.amount.n == 0 or not isinstance(found, ToPerson):
+            continue
+        after = advance(known.get(transfer.key), Appeared(transfer.block_hash, transfer.amount))
+        if after != known.get(transfer.key):
+            await _write(conn, transfer, found, after.status, now)
+
+
+async def orphan(conn: AsyncConnection, chain: Chain, block_hashes: Collection[str]) -> int:
+    """Mark what was seen in blocks that left the chain; gives how many."""
+    statement = (
+        select(deposits.c.key, deposits.c.status, deposits.c.block_hash, deposits.c.amount_micro)
+        .where(
+            deposits.c.chain == chain.value,
+            deposits.c.block_hash.in_(set(block_hashes)),
+            deposits.c.status != Deposit.ORPHANED.value,
+        )
+        .with_for_update()
+    )
+    rows = (await conn.execute(statement)).all()
+    await _orphan_rows(conn, chain, rows)
+    return len(rows)
+
+
+async def book_final(
+    conn: AsyncConnection,
+    rules: Rules,
+    transfers: Sequence[TransferSeen],
+    directory: Directory,
+    *,
+    through_height: int,
+    now: datetime,
+) -> list[Credit]:
+    """Take in every transfer of the final blocks up to `through_height`; gives what was credited.
+
+    Raises FinalityViolated if one contradicts an earlier final record.  Never commits.
+    """
+    await _orphan_unconfirmed(conn, rules.chain, transfers, through_height)
+    known = await _known(conn, rules.chain, transfers)
+    entries: list[Transfer] = []
+    arrivals: list[_Arrival] = []
+    for transfer in transfers:
+        if transfer.amount.n == 0:
+            continue
+        found: Attribution = attribute(transfer, directory)
+        if isinstance(found, Swept):
+            entries += await _book_sweep(conn, transfer, now)
+            continue
+        before = known.get(transfer.key)
+        advance(before, Confirmed(transfer.block_hash, transfer.amount))
+        if before is None or before.status is not Deposit.FINAL:
+            arrivals.append(_Arrival(transfer, found))
+    for arrival in arrivals:
+        await _write(conn, arrival.transfer, arrival.attribution, Deposit.FINAL, now)
+    credited, credit_entries = await _credit(conn, rules, arrivals, now)
+    await _post(conn, [*entries, *credit_entries])
+    return credited
+
+
+async def open_case(
+    conn: AsyncConnection, chain: Chain, *, kind: str, key: str, detail: str, now: datetime
+) -> None:
+    """Ask a person to look at something; once per kind and key."""
+    await conn.execute(
+        postgresql.insert(support_cases)
+        .values(
+            id=uuid7(),
+            kind=kind,
+            chain=chain.value,
+            key=key,
+            detail=detail[:DETAIL_CHARACTERS_MAX],
+            created_at=now,
+        )
+        .on_conflict_do_nothing()
+    )
+
+
+async def book_opening_balance(
+    conn: AsyncConnection, chain: Chain, amount: Micro, height: int, now: datetime
+) -> None:
+    """Book what the escrow held before the first watched block: it is nobody's until a person decides."""
+    if amount.n == 0:
+        return
+    key = f"opening:{height}"
+    entry = templates.deposit_unattributed(
+        chain=chain.value, amount=from_micro(amount.n), ref=f"{chain.value}:{key}"
+    )
+    await _post(conn, [entry])
+    detail = f"the escrow held {amount} USDC at {height}"
+    await open_case(conn, chain, kind="opening_balance", key=key, detail=detail, now=now)
+
+
+def ledger_key(transfer: TransferSeen) -> str:
+    return f"{transfer.chain.value}:{transfer.key}"
+
+
+async def _known(conn: AsyncConnection, chain: Chain, transfers: Sequence[TransferSeen]) -> dict[str, Known]:
+    statement = (
+        select(deposits.c.key, deposits.c.status, deposits.c.block_hash, deposits.c.amount_micro)
+        .where(deposits.c.chain == chain.value, deposits.c.key.in_([t.key for t in transfers]))
+        .with_for_update()
+    )
+    return {row.key: _as_known(row) for row in await conn.execute(statement)}
+
+
+def _as_known(row: Row[*tuple[Any, ...]]) -> Known:
+    return Known(Deposit(row.status), row.block_hash, Micro(row.amount_micro))
+
+
+async def _orphan_unconfirmed(
+    conn: AsyncConnection, chain: Chain, transfers: Sequence[TransferSeen], through_height: int
+) -> None:
+    """What was seen at or below a final height and is not in the final blocks never happened."""
+    statement = (
+        select(deposits.c.key, deposits.c.status, deposits.c.block_hash, deposits.c.amount_micro)
+        .where(
+            deposits.c.chain == chain.value,
+            deposits.c.status == Deposit.SEEN.value,
+            deposits.c.height <= through_height,
+            deposits.c.key.not_in([t.key for t in transfers]),
+        )
+        .with_for_update()
+    )
+    await _orphan_rows(conn, chain, (await conn.execute(statement)).all())
+
+
+async def _orphan_rows(conn: AsyncConnection, chain: Chain, rows: Sequence[Row[*tuple[Any, ...]]]) -> None:
+    for row in rows:
+        advance(_as_known(row), Reorged())
+    if rows:
+        await conn.execute(
+            update(deposits)
+            .where(deposits.c.chain == chain.value, deposits.c.key.in_([row.key for row in rows]))
+            .values(status=Deposit.ORPHANED.value)
+        )
+
+
+async def _write(
+    conn: AsyncConnection,
+    transfer: TransferSeen,
+    found: ToPerson | Unattributed,
+    status: Deposit,
+    now: datetime,
+) -> None:
+    is_final = status is Deposit.FINAL
+    person = found if isinstance(found, ToPerson) else None
+    told = {
+        "height": transfer.height,
+        "block_hash": transfer.block_hash,
+        "amount_micro": transfer.amount.n,
+        "person_id": person.person_id if person else None,
+        "intent": person.intent if person else None,
+        "is_direct": found.is_direct,
+        "status": status.value,
+        "final_at": now if is_final else None,
+        "transfer_ref": ledger_key(transfer) if is_final else None,
+    }
+    statement = postgresql.insert(deposits).values(
+        id=uuid7(),
+        chain=transfer.chain.value,
+        key=transfer.key,
+        tx=transfer.tx,
+        to_address=transfer.to,
+        sender=transfer.sender,
+        seen_at=now,
+        **told,
+    )
+    await conn.execute(
+        statement.on_conflict_do_update(constraint="one_row_per_movement", set_=told).returning(deposits.c.id)
+    )
+    if isinstance(found, Unattributed):
+        detail = f"{transfer.amount} USDC from {transfer.sender} to {transfer.to} in {transfer.tx}"
+        await open_case(conn, transfer.chain, kind=found.reason, key=transfer.key, detail=detail, now=now)
+
+
+async def _book_sweep(conn: AsyncConnection, transfer: TransferSeen, now: datetime) -> list[Transfer]:
+    statement = (
+        postgresql.insert(sweeps)
+        .values(
+            chain=transfer.chain.value,
+            key=transfer.key,
+            tx=transfer.tx,
+            height=transfer.height,
+            block_hash=transfer.block_hash,
+            from_address=transfer.sender,
+            amount_micro=transfer.amount.n,
+            booked_at=now,
+        )
+        .on_conflict_do_nothing()
+        .returning(sweeps.c.key)
+    )
+    if await conn.scalar(statement) is None:
+        return []
+    amount = from_micro(transfer.amount.n)
+    return [templates.sweep(chain=transfer.chain.value, amount=amount, ref=ledger_key(transfer))]
+
+
+async def _credit(
+    conn: AsyncConnection, rules: Rules, arrivals: Sequence[_Arrival], now: datetime
+) -> tuple[list[Credit], list[Transfer]]:
+    groups: dict[tuple[str, UUID], list[_Arrival]] = defaultdict(list)
+    entries: list[Transfer] = []
+    credited: list[Credit] = []
+    for arrival in arrivals:
+        match arrival.attribution:
+            case ToPerson(person_id):
+                groups[arrival.transfer.to, person_id].append(arrival)
+            case Unattributed():
+                entries.append(_set_aside(arrival))
+    for (address, person_id), new in groups.items():
+        waiting = await _waiting(conn, rules.chain, address, person_id)
+        if sum(waiting.values()) < rules.deposit_micro_min:
+            entries += [_set_aside(arrival) for arrival in new]
+            continue
+        entries += _release(rules.chain, person_id, waiting, new)
+        credited += [Credit(person_id, rules.chain, key, Micro(amount)) for key, amount in waiting.items()]
+        await conn.execute(
+            update(deposits)
+            .where(deposits.c.chain == rules.chain.value, deposits.c.key.in_(list(waiting)))
+            .values(credited_at=now)
+        )
+    return credited, entries
+
+
+async def _waiting(conn: AsyncConnection, chain: Chain, address: str, person_id: UUID) -> dict[str, int]:
+    """Final, uncredited amounts by key, the ones of this very range included."""
+    statement = (
+        select(deposits.c.key, deposits.c.amount_micro)
+        .where(
+            deposits.c.chain == chain.value,
+            deposits.c.to_address == address,
+            deposits.c.person_id == person_id,
+            deposits.c.status == Deposit.FINAL.value,
+            deposits.c.credited_at.is_(None),
+        )
+        .order_by(deposits.c.id)
+        .with_for_update()
+    )
+    return {row.key: row.amount_micro for row in await conn.execute(statement)}
+
+
+def _set_aside(arrival: _Arrival) -> Transfer:
+    transfer = arrival.transfer
+    return templates.deposit_unattributed(
+        chain=transfer.chain.value,
+        amount=from_micro(transfer.amount.n),
+        ref=ledger_key(transfer),
+        in_escrow=arrival.attribution.is_direct,
+    )
+
+
+def _release(
+    chain: Chain, person_id: UUID, waiting: Mapping[str, int], new: Sequence[_Arrival]
+) -> list[Transfer]:
+    """New deposits go straight to the buyer; earlier ones were set aside and are attributed now."""
+    arrived = {arrival.transfer.key: arrival for arrival in new}
+    entries: list[Transfer] = []
+    for key, amount_micro in waiting.items():
+        arrival = arrived.get(key)
+        if arrival is None:
+            build = templates.attribution
+        else:
+            build = templates.deposit_direct if arrival.attribution.is_direct else templates.deposit
+        entries.append(
+            build(
+                chain=chain.value,
+                person=str(person_id),
+                amount=from_micro(amount_micro),
+                ref=f"{chain.value}:{key}",
+            )
+        )
+    return entries
+
+
+async def _post(conn: AsyncConnection, entries: Sequence[Transfer]) -> None:
+    """Post all, their balances locked first in the ledger's order, so that nobody waits in a circle."""
+    names = sorted({account for entry in entries for account in (entry.debit, entry.credit)})
+    if not names:
+        return
+    await lock_balances(conn, [await ensure_account(conn, name) for name in names])
+    for entry in entries:
+        await post_transfer(conn, entry)

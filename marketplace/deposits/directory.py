@@ -1,0 +1,147 @@
+"""Which addresses are ours: the watchers' filter in memory, and the tables that decide.
+
+Why no deposit can slip by: an address is shown only after the transaction that stored it has committed,
+so a payment to it is mined later still; the watcher asks for the final block *first*, then reads new
+addresses, then reads the range.  Everything mined in that range to one of our addresses is therefore to an
+address it knows.  New rows are found by `seq`, which grows in commit order because writers hold
+`lock_directory` until they commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Final, Literal
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from chain.networks import Chain
+from chain.ports import TransferSeen
+from marketplace.deposits.attribution import Directory, Owner
+from marketplace.deposits.tables import deposit_addresses, deposit_intents, solana_pool
+
+Family = Literal["evm", "solana"]
+
+REFERENCE_GRACE: Final = timedelta(days=7)
+"""How long after its expiry a payment with an intent's reference still finds its owner by itself."""
+DIRECTORY_LOCK: Final = 0x746F6C6C_64697265  # "tolldire"
+
+
+def family_of(chain: Chain) -> Family:
+    return "evm" if chain.is_evm else "solana"
+
+
+async def lock_directory(conn: AsyncConnection) -> None:
+    """Make the rows this transaction is about to insert visible before any with a higher number."""
+    await conn.execute(select(func.pg_advisory_xact_lock(DIRECTORY_LOCK)))
+
+
+class KnownAddresses:
+    """`chain.ports.WatchSet` of one chain; `refresh` adds what has been stored since."""
+
+    def __init__(self, chain: Chain, escrow: str) -> None:
+        self._family = family_of(chain)
+        self._escrow = escrow
+        self._addresses: set[str] = set()
+        self._references: dict[str, datetime] = {}
+        self._last_address = 0
+        self._last_pool_index = -1
+        self._last_intent = 0
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def is_watched(self, address: str) -> bool:
+        return address in self._addresses or address == self._escrow
+
+    def is_reference(self, key: str) -> bool:
+        return key in self._references
+
+    async def refresh(self, conn: AsyncConnection, now: datetime) -> None:
+        """Read what was added since the last call."""
+        if self._family == "evm":
+            await self._refresh_forwarders(conn)
+        else:
+            await self._refresh_pool(conn)
+            await self._refresh_intents(conn, now)
+
+    async def _refresh_forwarders(self, conn: AsyncConnection) -> None:
+        statement = (
+            select(deposit_addresses.c.seq, deposit_addresses.c.watched)
+            .where(deposit_addresses.c.chain_family == "evm", deposit_addresses.c.seq > self._last_address)
+            .order_by(deposit_addresses.c.seq)
+        )
+        for seq, watched in await conn.execute(statement):
+            self._addresses.add(watched)
+            self._last_address = seq
+
+    async def _refresh_pool(self, conn: AsyncConnection) -> None:
+        statement = (
+            select(solana_pool.c.pool_index, solana_pool.c.token_account)
+            .where(solana_pool.c.pool_index > self._last_pool_index)
+            .order_by(solana_pool.c.pool_index)
+        )
+        for index, token_account in await conn.execute(statement):
+            self._addresses.add(token_account)
+            self._last_pool_index = index
+
+    async def _refresh_intents(self, conn: AsyncConnection, now: datetime) -> None:
+        oldest = now - REFERENCE_GRACE
+        statement = (
+            select(deposit_intents.c.seq, deposit_intents.c.reference, deposit_intents.c.expires_at)
+            .where(deposit_intents.c.seq > self._last_intent, deposit_intents.c.expires_at > oldest)
+            .order_by(deposit_intents.c.seq)
+        )
+        rows = (await conn.execute(statement)).all()
+        if not rows:
+            return
+        self._references = {key: until for key, until in self._references.items() if until > oldest}
+        for seq, reference, expires_at in rows:
+            self._references[reference] = expires_at
+            self._last_intent = seq
+
+
+async def look_up(
+    conn: AsyncConnection, chain: Chain, escrow: str, transfers: Sequence[TransferSeen]
+) -> Directory:
+    """Read what the tables say of the addresses in `transfers`, as of this transaction."""
+    reached = {transfer.to for transfer in transfers}
+    senders = {transfer.sender for transfer in transfers if transfer.to == escrow}
+    references = {reference for transfer in transfers for reference in transfer.references}
+    family = family_of(chain)
+    owners = await _owners(conn, family, reached)
+    if family == "solana":
+        owners |= {account: owners.get(account, owner) for account, owner in await _pool(conn, reached)}
+        intents = await conn.execute(
+            select(deposit_intents.c.reference, deposit_intents.c.person_id).where(
+                deposit_intents.c.reference.in_(references)
+            )
+        )
+        return Directory(
+            escrow,
+            owners,
+            await _our_pool_owners(conn, senders),
+            {row.reference: row.person_id for row in intents},
+        )
+    return Directory(escrow, owners, frozenset(await _owners(conn, family, senders)), {})
+
+
+async def _owners(conn: AsyncConnection, family: Family, watched: Iterable[str]) -> dict[str, Owner]:
+    statement = select(
+        deposit_addresses.c.watched, deposit_addresses.c.person_id, deposit_addresses.c.retired_at
+    ).where(deposit_addresses.c.chain_family == family, deposit_addresses.c.watched.in_(set(watched)))
+    return {
+        row.watched: Owner(row.person_id, row.retired_at is not None) for row in await conn.execute(statement)
+    }
+
+
+async def _pool(conn: AsyncConnection, accounts: Iterable[str]) -> list[tuple[str, Owner]]:
+    """Pool accounts among `accounts`; without a row in deposit_addresses they are nobody's yet."""
+    statement = select(solana_pool.c.token_account).where(solana_pool.c.token_account.in_(set(accounts)))
+    return [(account, Owner(None, is_retired=False)) for account in await conn.scalars(statement)]
+
+
+async def _our_pool_owners(conn: AsyncConnection, senders: Iterable[str]) -> frozenset[str]:
+    statement = select(solana_pool.c.owner).where(solana_pool.c.owner.in_(set(senders)))
+    return frozenset(await conn.scalars(statement))

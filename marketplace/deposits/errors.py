@@ -1,0 +1,40 @@
+"""What can go wrong between chain and book.
+
+DepositError
+├── DepositRefusal       business says no
+│   ├── TooManyIntents   this person has enough open payment links
+│   └── NotHalted        the chain is not halted (or not known)
+└── DepositFault         the environment failed; asking again may help
+    ├── Superseded       another process moved this chain's cursor: reload and go on
+    └── ChainHalted      somebody halted this chain; nothing is credited until it is resumed
+"""
+
+from __future__ import annotations
+
+
+class DepositError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class DepositRefusal(DepositError):
+    """Business says no; asking again gives the same answer."""
+
+
+class TooManyIntents(DepositRefusal):
+    """This person has enough open payment links."""
+
+
+class NotHalted(DepositRefusal):
+    """There is nothing to resume."""
+
+
+class DepositFault(DepositError):
+    """The environment failed; asking again may help."""
+
+
+class Superseded(DepositFault):
+    """Another process moved this chain's cursor."""
+
+
+class ChainHalted(DepositFault):
+    """Credits on this chain are stopped until a person resumes them."""

@@ -1,0 +1,518 @@
+"""The watcher between a simulated chain and the real database."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from chain.errors import RpcUnavailable
+from chain.networks import Chain
+from chain.ports import BlockFacts, WatchSet
+from chain.simulated import Movement, SimulatedChain
+from marketplace.deposits.booking import Rules
+from marketplace.deposits.cursor import halt_chain, load_cursor, resume_chain
+from marketplace.deposits.reconcile import check_chain
+from marketplace.deposits.tables import (
+    chain_cursors,
+    chain_halts,
+    chain_headers,
+    deposit_addresses,
+    deposit_intents,
+    deposits,
+    solana_pool,
+    support_cases,
+    sweeps,
+)
+from marketplace.deposits.watcher import Pace, Watcher
+from marketplace.ledger import accounts
+from marketplace.ledger.accounts import read_balance, total_by_kind
+from marketplace.platform.database import transaction
+
+ESCROW = "0x" + "e" * 40
+STRANGER = "0x" + "5" * 40
+QUICK = Pace(blocks_per_tick=5, poll_s=0.01, fault_wait_s=0.01, standby_poll_s=0.05)
+
+
+class ManualClock:
+    def __init__(self) -> None:
+        self.at = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def now(self) -> datetime:
+        self.at += timedelta(milliseconds=1)
+        return self.at
+
+    def monotonic(self) -> float:
+        return self.at.timestamp()
+
+
+@dataclass
+class Bench:
+    """A chain, its watcher and the book."""
+
+    engine: AsyncEngine
+    node: SimulatedChain
+    clock: ManualClock = field(default_factory=ManualClock)
+    serial: Iterator[int] = field(default_factory=lambda: iter(range(1_000_000)))
+
+    def a_watcher(self) -> Watcher:
+        rules = Rules(self.node.chain, ESCROW, deposit_micro_min=5_000_000)
+        return Watcher(rules, self.node, self.engine, self.clock, pace=QUICK)
+
+    async def a_buyer(self) -> tuple[uuid.UUID, str]:
+        person, address = uuid.uuid4(), "0x" + uuid.uuid4().hex + "00000000"
+        async with transaction(self.engine) as conn:
+            await conn.execute(
+                insert(deposit_addresses).values(
+                    person_id=person,
+                    chain_family="evm",
+                    address=address,
+                    watched=address,
+                    salt=uuid.uuid4().bytes * 2,
+                    created_at=self.clock.now(),
+                )
+            )
+        return person, address
+
+    def pays(
+        self, address: str, usdc: str | int, *, sender: str = STRANGER, tx: str | None = None
+    ) -> Movement:
+        micro = int(usdc) * 1_000_000 if isinstance(usdc, int) else int(usdc)
+        return Movement(tx or f"0xtx{next(self.serial)}", address, sender, micro)
+
+    async def settle(self, watcher: Watcher) -> None:
+        for _ in range(200):
+            if not await watcher.tick():
+                return
+        raise AssertionError("the watcher never came to rest")
+
+    async def balance(self, account: accounts.Account) -> int:
+        async with transaction(self.engine) as conn:
+            found = await read_balance(conn, account)
+        return 0 if found is None else found.posted.n
+
+    async def buyer(self, person: uuid.UUID) -> int:
+        return await self.balance(accounts.buyer(str(person)))
+
+    async def statuses(self) -> dict[str, str]:
+        async with transaction(self.engine) as conn:
+            rows = await conn.execute(select(deposits.c.tx, deposits.c.status))
+            return {row.tx: row.status for row in rows}
+
+    async def cases(self) -> list[str]:
+        async with transaction(self.engine) as conn:
+            return list(await conn.scalars(select(support_cases.c.kind)))
+
+    async def books_hold(self) -> None:
+        """L2 and S1 at this very moment."""
+        async with transaction(self.engine) as conn:
+            assert sum(total.n for total in (await total_by_kind(conn)).values()) == 0
+        for result in await check_chain(self.engine, self.node, ESCROW, patience_s=0):
+            assert result.is_equal, result
+
+
+@pytest.fixture
+def bench(engine: AsyncEngine) -> Bench:
+    return Bench(engine, SimulatedChain(chain=Chain.BASE))
+
+
+async def test_a_deposit_is_seen_then_credited_at_finality(bench: Bench) -> None:
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    person, address = await bench.a_buyer()
+    payment = bench.pays(address, 12)
+    bench.node.mine(payment)
+    await bench.settle(watcher)
+    assert await bench.statuses() == {payment.tx: "seen"}
+    assert await bench.buyer(person) == 0
+    bench.node.mine()
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.statuses() == {payment.tx: "final"}
+    assert await bench.buyer(person) == 12_000_000_000
+    assert await bench.balance(accounts.unswept("base")) == -12_000_000_000
+    await bench.books_hold()
+
+
+async def test_catching_up_in_ranges_credits_without_having_seen(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    for _ in range(23):
+        bench.node.mine(bench.pays(address, 5))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 23 * 5_000_000_000
+    await bench.books_hold()
+
+
+async def test_a14_reorg_drops_a_seen_deposit(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    lost = bench.pays(address, 9)
+    bench.node.mine(lost)
+    await bench.settle(watcher)
+    bench.node.drop(1)
+    bench.node.mine()
+    bench.node.mine()
+    await bench.settle(watcher)
+    assert await bench.statuses() == {lost.tx: "orphaned"}
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 0
+    await bench.books_hold()
+
+
+async def test_a16_mined_again_in_another_block_is_one_credit(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    payment = bench.pays(address, 9)
+    bench.node.mine(payment)
+    await bench.settle(watcher)
+    bench.node.drop(1)
+    bench.node.mine()
+    bench.node.mine(bench.pays(STRANGER, 1), payment)  # another block, another log index
+    bench.node.finalize()
+    await bench.settle(watcher)
+    async with transaction(bench.engine) as conn:
+        rows = await conn.execute(select(deposits.c.key, deposits.c.status))
+        found = {row.key: row.status for row in rows}
+    assert found == {f"{payment.tx}:0": "orphaned", f"{payment.tx}:1": "final"}
+    assert await bench.buyer(person) == 9_000_000_000
+    await bench.books_hold()
+
+
+async def test_a15_finality_violated_halts_the_chain_until_resumed(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    bench.node.mine()
+    await bench.settle(watcher)
+    bench.node.mine(bench.pays(address, 7))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 7_000_000_000
+    bench.node.drop(2)
+    for _ in range(4):
+        bench.node.mine(bench.pays(address, 100))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    async with transaction(bench.engine) as conn:
+        cursor = await load_cursor(conn, Chain.BASE)
+        assert cursor is not None
+        assert cursor.halt is not None
+        assert cursor.halt.by == "watcher"
+    assert await bench.buyer(person) == 7_000_000_000
+    assert not await bench.a_watcher().tick()
+    async with transaction(bench.engine) as conn:
+        await resume_chain(conn, Chain.BASE, actor="ann", reason="looked at it", now=bench.clock.now())
+    await bench.settle(bench.a_watcher())  # the chain is still wrong: it halts again
+    async with transaction(bench.engine) as conn:
+        actions = list(await conn.scalars(select(chain_halts.c.action).order_by(chain_halts.c.id)))
+    assert actions == ["halt", "resume", "halt"]
+    assert await bench.buyer(person) == 7_000_000_000
+
+
+async def test_a_person_can_halt_and_resume(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    async with transaction(bench.engine) as conn:
+        await halt_chain(conn, Chain.BASE, actor="ann", reason="drill", now=bench.clock.now())
+    bench.node.mine(bench.pays(address, 7))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 0
+    async with transaction(bench.engine) as conn:
+        await resume_chain(conn, Chain.BASE, actor="ann", reason="drill over", now=bench.clock.now())
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 7_000_000_000
+
+
+async def test_small_deposits_wait_until_their_sum_reaches_the_minimum(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    other, other_address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    for usdc in (2, 2):
+        bench.node.mine(bench.pays(address, usdc), bench.pays(other_address, 1))
+        bench.node.finalize()
+        await bench.settle(watcher)
+        assert await bench.buyer(person) == 0
+        assert set((await bench.statuses()).values()) == {"final"}
+        await bench.books_hold()
+    assert await bench.balance(accounts.unattributed("base")) == 6_000_000_000
+    bench.node.mine(bench.pays(address, "999999"))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 0
+    bench.node.mine(bench.pays(address, "1"))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 5_000_000_000
+    assert await bench.buyer(other) == 0
+    assert await bench.balance(accounts.unattributed("base")) == 2_000_000_000
+    bench.node.mine(bench.pays(address, 1))  # the sum starts anew
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 5_000_000_000
+    await bench.books_hold()
+
+
+async def test_a_sweep_moves_the_books_from_unswept_to_escrow(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    bench.node.mine(bench.pays(address, 20))
+    bench.node.mine(bench.pays(ESCROW, 20, sender=address))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.balance(accounts.unswept("base")) == 0
+    assert await bench.balance(accounts.escrow("base")) == -20_000_000_000
+    assert await bench.buyer(person) == 20_000_000_000
+    assert await bench.cases() == []
+    await bench.books_hold()
+
+
+async def test_strangers_money_is_set_aside_with_a_case(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    async with transaction(bench.engine) as conn:
+        await conn.execute(update(deposit_addresses).values(retired_at=bench.clock.now()))
+    bench.node.mine(bench.pays(ESCROW, 3), bench.pays(address, 50))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 0
+    assert await bench.balance(accounts.unattributed("base")) == 53_000_000_000
+    assert sorted(await bench.cases()) == ["no_reference", "retired_address"]
+    await bench.books_hold()
+
+
+async def test_a18_cursor_from_an_old_backup_changes_nothing(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    async with transaction(bench.engine) as conn:
+        old = (await conn.execute(select(chain_cursors))).one()
+    bench.node.mine(bench.pays(address, 7), bench.pays(address, 2))
+    bench.node.mine(bench.pays(ESCROW, 7, sender=address), bench.pays(ESCROW, 1))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    before = await _everything(bench.engine)
+    async with transaction(bench.engine) as conn:
+        await conn.execute(chain_headers.delete())
+        await conn.execute(update(chain_cursors).values(**old._asdict()))
+    await bench.settle(bench.a_watcher())
+    assert await _everything(bench.engine) == before
+    assert await bench.buyer(person) == 9_000_000_000
+    await bench.books_hold()
+
+
+async def test_a05_zero_value_transfers_leave_no_row(bench: Bench) -> None:
+    _, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    bench.node.mine(bench.pays(address, "0"), bench.pays(ESCROW, "0"))
+    await bench.settle(watcher)
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.statuses() == {}
+    assert await bench.cases() == []
+
+
+async def test_an_escrow_that_was_funded_before_the_first_start_is_set_aside(bench: Bench) -> None:
+    bench.node.mine(bench.pays(ESCROW, 1_000))
+    bench.node.finalize()
+    await bench.settle(bench.a_watcher())
+    assert await bench.balance(accounts.unattributed("base")) == 1_000_000_000_000
+    assert await bench.cases() == ["opening_balance"]
+    await bench.books_hold()
+
+
+async def test_a19_the_second_watcher_idles_and_takes_over(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    first, second = bench.a_watcher(), bench.a_watcher()
+    stop_first, stop_second = asyncio.Event(), asyncio.Event()
+    running_first = asyncio.create_task(first.run(stop_first))
+    await _until(lambda: first._cursor is not None)
+    running_second = asyncio.create_task(second.run(stop_second))
+    bench.node.mine(bench.pays(address, 7))
+    bench.node.finalize()
+    await _until_async(lambda: bench.buyer(person), 7_000_000_000)
+    await asyncio.sleep(0.2)
+    assert second._cursor is None
+    stop_first.set()
+    await running_first
+    bench.node.mine(bench.pays(address, 8))
+    bench.node.finalize()
+    await _until_async(lambda: bench.buyer(person), 15_000_000_000)
+    assert second._cursor is not None
+    stop_second.set()
+    await running_second
+    await bench.books_hold()
+
+
+async def test_two_watchers_without_a_lock_still_credit_once(bench: Bench) -> None:
+    """The lock is comfort; the compare-and-set and the unique keys are the safety."""
+    person, address = await bench.a_buyer()
+    rivals = [bench.a_watcher() for _ in range(3)]
+    await bench.settle(rivals[0])
+    for round_number in range(6):
+        bench.node.mine(bench.pays(address, 5))
+        bench.node.finalize(behind=round_number % 2)
+        await asyncio.gather(*(rival.tick() for rival in rivals), return_exceptions=True)
+    bench.node.finalize()
+    for rival in rivals:
+        await bench.settle(rival)
+    assert await bench.buyer(person) == 30_000_000_000
+    await bench.books_hold()
+
+
+class Crash(Exception):
+    """Stands for kill −9: nothing after it runs in this watcher."""
+
+
+@pytest.mark.parametrize("dies_at", range(8))
+async def test_a_watcher_killed_at_any_step_is_rebuilt_from_the_database(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, dies_at: int
+) -> None:
+    person, address = await bench.a_buyer()
+    await bench.settle(bench.a_watcher())
+    bench.node.mine(bench.pays(address, 3))
+    bench.node.mine(bench.pays(address, 3), bench.pays(ESCROW, 2))
+    bench.node.mine(bench.pays(ESCROW, 6, sender=address))
+    bench.node.finalize(behind=1)
+    steps = iter(range(1_000))
+
+    def dying(name: str):
+        real = getattr(__import__("marketplace.deposits.watcher", fromlist=[name]), name)
+
+        async def step(*args, **kwargs):
+            result = await real(*args, **kwargs)
+            if next(steps) == dies_at:
+                raise Crash
+            return result
+
+        return step
+
+    with monkeypatch.context() as patched:
+        for name in ("save_cursor", "look_up", "book_final", "record_seen"):
+            patched.setattr(f"marketplace.deposits.watcher.{name}", dying(name))
+        watcher = bench.a_watcher()
+        with pytest.raises(Crash):
+            for i in range(10):
+                bench.node.finalize(behind=1 if i < 3 else 0)
+                await watcher.tick()
+    await bench.books_hold()
+    bench.node.finalize()
+    await bench.settle(bench.a_watcher())
+    assert await bench.buyer(person) == 6_000_000_000
+    assert await bench.balance(accounts.unattributed("base")) == 2_000_000_000
+    await bench.books_hold()
+
+
+async def test_an_answer_with_holes_or_another_final_block_credits_nothing(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    bench.node.mine(bench.pays(address, 7))
+    bench.node.mine()
+    bench.node.finalize()
+    honest = bench.node.blocks
+    watcher.reader = HidesTheFirst(bench.node)
+    with pytest.raises(RpcUnavailable):
+        await watcher.tick()
+    assert await bench.buyer(person) == 0
+    assert honest
+    watcher.reader = bench.node
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 7_000_000_000
+
+
+class HidesTheFirst(SimulatedChain):
+    def __init__(self, node: SimulatedChain) -> None:
+        super().__init__(node.chain, headers=node.headers, movements=node.movements)
+        self.final_height = node.final_height
+
+    async def blocks(self, start: int, end: int, watch: WatchSet) -> list[BlockFacts]:
+        return self.facts(start, end, watch)[1:]
+
+
+# Solana's shape: pool accounts, references, skipped slots.
+
+
+async def test_solana_pay_pool_addresses_and_skipped_slots(engine: AsyncEngine) -> None:
+    bench = Bench(engine, SimulatedChain(chain=Chain.SOLANA))
+    person, rival, now = uuid.uuid4(), uuid.uuid4(), bench.clock.now()
+    pool = [
+        ("PoolOwner" + "1" * 30, "PoolAccount" + "1" * 30),
+        ("PoolOwner" + "2" * 30, "PoolAccount" + "2" * 30),
+    ]
+    mine, theirs = "Reference" + "1" * 30, "Reference" + "2" * 30
+    async with transaction(engine) as conn:
+        for index, (owner, account) in enumerate(pool):
+            await conn.execute(
+                insert(solana_pool).values(pool_index=index, owner=owner, token_account=account, ready_at=now)
+            )
+        await conn.execute(
+            insert(deposit_addresses).values(
+                person_id=person,
+                chain_family="solana",
+                address=pool[0][0],
+                watched=pool[0][1],
+                pool_index=0,
+                created_at=now,
+            )
+        )
+        for reference, who in ((mine, person), (theirs, rival)):
+            await conn.execute(
+                insert(deposit_intents).values(
+                    reference=reference, person_id=who, created_at=now, expires_at=now + timedelta(hours=1)
+                )
+            )
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    bench.node.mine(Movement("sig1", ESCROW, STRANGER, 10_000_000, (mine,)), skip=3)
+    bench.node.mine(Movement("sig2", pool[0][1], STRANGER, 20_000_000), skip=40)
+    bench.node.mine(Movement("sig3", pool[1][1], STRANGER, 30_000_000))  # nobody's yet
+    bench.node.mine(Movement("sig4", ESCROW, STRANGER, 40_000_000, (mine, theirs)))
+    bench.node.mine(Movement("sig5", ESCROW, pool[0][0], 20_000_000), skip=17)  # a sweep: sender is the owner
+    await bench.settle(watcher)
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 30_000_000_000
+    assert await bench.buyer(rival) == 0
+    assert await bench.balance(accounts.unattributed("solana")) == 70_000_000_000
+    assert await bench.balance(accounts.unswept("solana")) == -30_000_000_000
+    assert await bench.balance(accounts.escrow("solana")) == -70_000_000_000
+    assert sorted(await bench.cases()) == ["two_references", "unassigned_address"]
+
+
+async def _everything(engine: AsyncEngine) -> list[object]:
+    from marketplace.ledger.tables import balances, transfers
+
+    async with transaction(engine) as conn:
+        return [
+            (await conn.execute(select(table).order_by(*table.primary_key.columns))).all()
+            for table in (deposits, sweeps, support_cases, balances, transfers)
+        ] + [await conn.scalar(select(func.count()).select_from(transfers))]
+
+
+async def _until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def _until_async(read, expected: object) -> None:
+    async with asyncio.timeout(10):
+        while await read() != expected:
+            await asyncio.sleep(0.01)
