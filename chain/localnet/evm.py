@@ -56,6 +56,11 @@ _USDC_ADMIN: Final = EvmAddress("0xa0Ee7A142d267C1f36714E4a8F75612F20a79720")
 """anvil's tenth account; a proxy's admin cannot call the token."""
 SAFE_CREATE2_DEPLOYER: Final = EvmAddress("0x914d7Fec6aaC8cd542e72Bca78B30650d45643d7")
 """Safe's own copy of the deterministic deployer, from which its addresses follow."""
+_CREATE2_DEPLOYER_CODE: Final = (
+    "0x7fffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffe0"
+    "3601600081602082378035828234f58015156039578182fd5b8082525050506014600cf3"
+)
+"""The deterministic deployment proxy; anvil has it at first, but not after a reset."""
 _IMPLEMENTATION_SLOT: Final = "0x" + keccak(b"org.zeppelinos.proxy.implementation").hex()
 _ADMIN_SLOT: Final = "0x" + keccak(b"org.zeppelinos.proxy.admin").hex()
 _NOBODY: Final = "0x" + "00" * 20
@@ -224,6 +229,9 @@ async def deploy(
     """
     ordered = tuple(sorted((from_bytes(to_bytes(o)) for o in owners), key=lambda o: int(o, 16)))
     await _deploy_usdc(rpc, network)
+    for deployer in (CREATE2_DEPLOYER, SAFE_CREATE2_DEPLOYER):
+        if not await _has_code(rpc, deployer):
+            await rpc.call("anvil_setCode", deployer, _CREATE2_DEPLOYER_CODE, shape=msgspec.Raw)
     for name in artifacts.DEPLOYMENT_FILES:
         await _deploy_safe_contract(rpc, name)
     safe = await _deploy_escrow(rpc, ordered, threshold)
@@ -362,9 +370,6 @@ async def _deploy_safe_contract(rpc: JsonRpc, name: str) -> None:
     """Create one of Safe's contracts where Safe has it, and compare the code with Safe's own record."""
     published = artifacts.safe_deployment(name)
     if not await _has_code(rpc, published.address):
-        if not await _has_code(rpc, SAFE_CREATE2_DEPLOYER):
-            code = await rpc.call("eth_getCode", CREATE2_DEPLOYER, "latest", shape=str)
-            await rpc.call("anvil_setCode", SAFE_CREATE2_DEPLOYER, code, shape=msgspec.Raw)
         await _create2(rpc, SAFE_CREATE2_DEPLOYER, artifacts.artifact(name).creation_code())
     deployed = data(await rpc.call("eth_getCode", published.address, "latest", shape=str))
     if "0x" + keccak(deployed).hex() != published.codeHash:
