@@ -369,7 +369,9 @@ async def test_while_the_database_is_away_posts_end_in_time_and_nothing_is_lost(
                 kinds = [type(outcome) for outcome in outcomes]
                 assert set(kinds) == {UnknownResult, LedgerUnavailable}
                 accepted = kinds.count(UnknownResult)
+                free = keeper.book.free(buyer)
                 keeper.release(hold)  # its charge is still to come: this must not free it
+                assert keeper.book.free(buyer) == free
                 with pytest.raises(LedgerUnavailable):
                     await keeper.authorise(buyer, Nano(DOLLAR // 2))
                 await proxy.come_back()
