@@ -215,7 +215,7 @@ def models_show(data_dir: DataDir = _HOME, as_json: Json = False) -> None:
 
 
 @models_app.command("add")
-def models_add(  # noqa: PLR0917 - typer reads options from parameters
+def models_add(
     name: Annotated[str, typer.Argument(help="What buyers ask for.")],
     price_in: Annotated[str, typer.Option("--input", help="Dollars per input tokens.")],
     price_out: Annotated[str, typer.Option("--output", help="Dollars per output tokens.")],
@@ -292,7 +292,7 @@ def prices_show(
 
 
 @prices_app.command("set")
-def prices_set(  # noqa: PLR0917 - typer reads options from parameters
+def prices_set(
     model: str,
     price_in: Annotated[str | None, typer.Option("--input", help="Dollars per input tokens.")] = None,
     price_out: Annotated[str | None, typer.Option("--output", help="Dollars per output tokens.")] = None,

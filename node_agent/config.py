@@ -9,7 +9,7 @@ import re
 import tomllib
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -35,8 +35,8 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A model on offer. Prices are dollars per million tokens, as text or TOML numbers."""
 
     name: ModelName
-    input: str | Decimal
-    output: str | Decimal
+    input: Decimal
+    output: Decimal
     context: Annotated[int, msgspec.Meta(ge=16, le=100_000_000)]
     capacity: _Count = 16
     engine_name: str = ""
@@ -114,25 +114,11 @@ def parse_config(text: str) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"not valid TOML: {error}") from error
     try:
-        config = msgspec.convert(_integers_to_decimals(table), Config)
+        config = msgspec.convert(table, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(_in_words(str(error), text)) from error
     _check(config)
     return config
-
-
-def _integers_to_decimals(table: dict[str, Any]) -> dict[str, Any]:
-    """`input = 1` is a price too."""
-    for engine in _tables(table.get("engines")):
-        for model in _tables(engine.get("models")):
-            for key in ("input", "output"):
-                if type(model.get(key)) is int:
-                    model[key] = Decimal(model[key])
-    return table
-
-
-def _tables(value: object) -> list[dict[str, Any]]:
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _in_words(message: str, text: str) -> str:

@@ -116,7 +116,7 @@ class Relay:
                 raise
             outcome = FailureCode.CANCELLED
             await self._fail(FailureCode.CANCELLED, "cancelled", is_retriable=False)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the gateway gets an end
+        except Exception as error:
             failure = _as_failure(error)
             outcome = failure.code
             await self._fail(failure.code, str(failure), is_retriable=failure.is_retriable)
@@ -212,7 +212,7 @@ class Relay:
         text = message[:MESSAGE_CHARS_MAX]
         try:
             await self._send(lambda seq: Failed(seq, code, text, is_retriable))
-        except Exception as error:  # noqa: BLE001 - the fabric is gone; the gateway notices the silence
+        except Exception as error:
             _log.warning("request %s: the end could not be sent (%s)", self.request.id, type(error).__name__)
 
     async def _beat(self) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from decimal import Decimal
 from pathlib import Path
 
 import aiohttp.web
@@ -209,7 +210,14 @@ class Reply:
 
 @pytest.fixture
 async def agent(engine: FakeEngine, gateway: Client, nats_url: str, tmp_path: Path) -> AsyncIterator[Agent]:
-    model = Model(name="m", input="0.10", output="0.20", context=2048, capacity=4, engine_name="engine-name")
+    model = Model(
+        name="m",
+        input=Decimal("0.10"),
+        output=Decimal("0.20"),
+        context=2048,
+        capacity=4,
+        engine_name="engine-name",
+    )
     settings = EngineSettings(name="fake", kind="attach", url=engine.url, models=[model])
     config = Config(
         node_id=NODE, api="http://127.0.0.1:1", nats_url=nats_url, engines=[settings], drain_seconds=5

@@ -186,9 +186,7 @@ async def test_engine_dies_with_a_killed_agent(tmp_path: Path, mark: str) -> Non
     await until(lambda: marked(mark) == [], 8.0)
 
 
-async def test_leftover_of_killed_agent_and_guard_is_reaped_at_next_start(
-    tmp_path: Path, mark: str
-) -> None:
+async def test_leftover_of_killed_agent_is_reaped_at_next_start(tmp_path: Path, mark: str) -> None:
     leftover = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(600)", mark], start_new_session=True
     )
