@@ -1,0 +1,1 @@
+"""Paying operators: earnings, withdrawals, batches, approvals, broadcasts."""

@@ -1,0 +1,117 @@
+"""May this withdrawal be made?  Pure: facts in, every broken rule out, each with its remedy.
+
+================  ====================================================================================
+rule              satisfied when
+================  ====================================================================================
+minimum           the amount is at least $10.00 (R15); smaller sums stay in earnings (A48)
+standing          no decision has put the operator in bad standing
+kyc_withdrawal    the amount is at most $500.00, or identity is verified (R16; exactly $500.00 needs none)
+kyc_cumulative    this and all earlier withdrawals together are at most $500.00, or identity is verified:
+                  splitting does not evade the limit
+address_unknown   the address is in the person's address book, in use
+address_cooling   the address has been there for the cooling time (A43)
+earnings          the amount is at most the matured earnings
+================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from marketplace.ledger.money import Nano
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Everything the decision depends on."""
+
+    amount: Nano
+    matured: Nano
+    withdrawn_before: Nano
+    """Earlier withdrawals that were paid or may still be."""
+    bad_standing: str | None
+    """Why the operator is not in good standing."""
+    is_kyc_verified: bool
+    is_address_known: bool
+    address_usable_at: datetime | None
+    now: datetime
+    minimum: Nano
+    kyc_limit: Nano
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenRule:
+    """One reason why not, and what would help."""
+
+    rule: str
+    message: str
+    remedy: str
+
+
+def broken_rules(case: Case) -> tuple[BrokenRule, ...]:
+    """Give every rule the withdrawal breaks; empty means it may be made."""
+    found = (_minimum(case), _standing(case), _kyc(case), _address(case), _earnings(case))
+    return tuple(rule for rule in found if rule is not None)
+
+
+def _minimum(case: Case) -> BrokenRule | None:
+    if case.amount >= case.minimum:
+        return None
+    return BrokenRule(
+        "minimum",
+        f"${case.amount} is below the smallest withdrawal, ${case.minimum}",
+        f"withdraw at least ${case.minimum}; what you have earned stays yours",
+    )
+
+
+def _standing(case: Case) -> BrokenRule | None:
+    if case.bad_standing is None:
+        return None
+    return BrokenRule(
+        "standing",
+        f"this account is not in good standing: {case.bad_standing}",
+        "answer the open case with support; withdrawals open again when it is settled",
+    )
+
+
+def _kyc(case: Case) -> BrokenRule | None:
+    if case.is_kyc_verified:
+        return None
+    remedy = "verify your identity once, then request again"
+    if case.amount > case.kyc_limit:
+        return BrokenRule(
+            "kyc_withdrawal", f"withdrawals over ${case.kyc_limit} need a verified identity", remedy
+        )
+    total = case.withdrawn_before + case.amount
+    if total > case.kyc_limit:
+        message = f"withdrawals of ${total} in all, over ${case.kyc_limit}, need a verified identity"
+        return BrokenRule("kyc_cumulative", message, remedy)
+    return None
+
+
+def _address(case: Case) -> BrokenRule | None:
+    if not case.is_address_known or case.address_usable_at is None:
+        return BrokenRule(
+            "address_unknown",
+            "the address is not in your address book",
+            "add it with POST /api/payout-addresses and wait for its cooling time",
+        )
+    if case.now < case.address_usable_at:
+        when = case.address_usable_at.isoformat(timespec="seconds")
+        return BrokenRule(
+            "address_cooling",
+            f"the address is new; it can be used from {when}",
+            f"request again after {when}",
+        )
+    return None
+
+
+def _earnings(case: Case) -> BrokenRule | None:
+    if case.amount <= case.matured:
+        return None
+    return BrokenRule(
+        "earnings",
+        f"${case.amount} is more than your matured earnings, ${case.matured}",
+        "withdraw less, or wait until newer earnings have matured",
+    )

@@ -1,0 +1,60 @@
+"""What decides whether a person may be paid: standing and KYC.
+
+Each decision is a row with actor and reason; the newest counts, the older ones are the journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime
+from typing import Final
+from uuid import UUID
+
+from sqlalchemy import insert, select
+from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from marketplace.settlement.errors import NotFound
+from marketplace.settlement.tables import kyc, standings
+
+REASON_CHARACTERS_MAX: Final = 1000
+
+
+async def set_standing(
+    conn: AsyncConnection, *, person: UUID, is_good: bool, reason: str, actor: str, now: datetime
+) -> None:
+    """Record a decision about a person's standing; NotFound if there is no such person."""
+    row = insert(standings).values(person_id=person, is_good=is_good, reason=reason, actor=actor, at=now)
+    try:
+        await conn.execute(row)
+    except IntegrityError as e:
+        raise NotFound(f"there is no person {person}") from e
+
+
+async def set_kyc(
+    conn: AsyncConnection, *, person: UUID, is_verified: bool, reason: str, actor: str, now: datetime
+) -> None:
+    """Record the outcome of an identity check; NotFound if there is no such person."""
+    row = insert(kyc).values(person_id=person, is_verified=is_verified, reason=reason, actor=actor, at=now)
+    try:
+        await conn.execute(row)
+    except IntegrityError as e:
+        raise NotFound(f"there is no person {person}") from e
+
+
+async def is_kyc_verified(conn: AsyncConnection, person: UUID) -> bool:
+    """The newest decision; nobody is verified without one."""
+    statement = select(kyc.c.is_verified).where(kyc.c.person_id == person).order_by(kyc.c.id.desc()).limit(1)
+    return bool(await conn.scalar(statement))
+
+
+async def bad_standings(conn: AsyncConnection, persons: Collection[UUID]) -> dict[UUID, str]:
+    """Those of `persons` who are not in good standing, with the reason; without a decision everybody is."""
+    newest = (
+        select(standings.c.person_id, standings.c.is_good, standings.c.reason)
+        .ext(distinct_on(standings.c.person_id))
+        .where(standings.c.person_id.in_(persons))
+        .order_by(standings.c.person_id, standings.c.id.desc())
+    )
+    return {row.person_id: row.reason for row in await conn.execute(newest) if not row.is_good}

@@ -1,0 +1,299 @@
+"""From requests to a frozen batch.
+
+Two transactions with the dry run between them, so that none is open across a call to the outside:
+
+1. read: requests of one chain, oldest first, as many as the rail takes and the escrow covers;
+2. outside: the rail dry-runs them and freezes what will be signed (`dry_run` splits off who cannot be paid);
+3. write, under the chain's lock: check again everything 1 relied on, then batch, payouts and ledger at once.
+
+The write is READ COMMITTED under locks (chain, requests, then every balance in account order), not
+SERIALIZABLE: the poster changes operators' balances many times a second, so a serializable write over 300
+of them would be refused for ever, while with the locks there is nothing left to serialize.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Row, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from chain.errors import ChainRefusal
+from chain.networks import Chain
+from chain.payouts import Payout
+from chain.ports import PayoutLine, PayoutRail, Unsigned
+from chain.units import Micro
+from marketplace.ledger import accounts as ledger_accounts
+from marketplace.ledger import templates
+from marketplace.ledger.accounts import Account, ensure_account, read_balance
+from marketplace.ledger.holds import release
+from marketplace.ledger.money import Nano, from_micro
+from marketplace.ledger.posting import lock_balances, post_transfer
+from marketplace.platform.clock import Clock
+from marketplace.platform.database import transaction
+from marketplace.platform.ids import uuid7
+from marketplace.settlement import halts, people
+from marketplace.settlement.batches import live_batch, lock_chain
+from marketplace.settlement.digest import batch_digest, merkle_root
+from marketplace.settlement.dry_run import prepare
+from marketplace.settlement.errors import PlanRefused
+from marketplace.settlement.tables import payouts, settlement_batches, withdrawals
+from marketplace.settlement.withdrawals import Status
+
+LINES_MAX: Final = 300
+"""Of one batch on any chain; a rail may take fewer (`max_lines`)."""
+ATTEMPTS_MAX: Final = 3
+"""How often the plan is made again because a request changed during the dry run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A request that may join, under the payout id it will have."""
+
+    payout_id: UUID
+    withdrawal_id: UUID
+    person_id: UUID
+    address: str
+    amount: Micro
+    hold_id: UUID
+
+    @property
+    def line(self) -> PayoutLine:
+        return PayoutLine(str(self.payout_id), self.address, self.amount)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A batch that was just frozen."""
+
+    batch_id: UUID
+    count: int
+    total: Micro
+    split_off: tuple[tuple[UUID, str], ...]
+    """(withdrawal, reason): could not be paid; their money stays in earnings."""
+
+
+class _Changed(Exception):
+    """A request changed while the dry run was under way."""
+
+
+async def plan(engine: AsyncEngine, rail: PayoutRail, clock: Clock, *, planned_by: str) -> Planned:
+    """Freeze one batch of the rail's chain.
+
+    PlanRefused (code `halted`, `batch_under_way`, `nothing_to_plan`, `escrow_short`, `dry_run_failed`,
+    `nobody_payable`, `keeps_changing`) with nothing changed but, for `nobody_payable`, the failed requests.
+    """
+    for _ in range(ATTEMPTS_MAX):
+        async with transaction(engine) as conn:
+            candidates = await _read(conn, rail)
+        try:
+            unsigned, refused = await prepare(rail, [c.line for c in candidates])
+        except ChainRefusal as e:
+            raise PlanRefused(f"the dry run fails: {e}", code="dry_run_failed") from e
+        try:
+            async with transaction(engine) as conn:
+                planned = await _write(
+                    conn,
+                    rail=rail,
+                    candidates=candidates,
+                    unsigned=unsigned,
+                    refused=refused,
+                    planned_by=planned_by,
+                    now=clock.now(),
+                )
+        except _Changed:
+            continue
+        except (
+            IntegrityError
+        ) as e:  # the constraints' last word: one live batch per chain, one batch per fence
+            raise PlanRefused(f"the fence is used by another batch: {e.orig}", code="batch_under_way") from e
+        if planned is None:
+            reasons = "; ".join(sorted(set(refused.values())))
+            raise PlanRefused(f"no request can be paid: {reasons}", code="nobody_payable")
+        return planned
+    raise PlanRefused("requests keep changing during the dry run; try again", code="keeps_changing")
+
+
+async def _read(conn: AsyncConnection, rail: PayoutRail) -> list[Candidate]:
+    await _check_free(conn, rail.chain)
+    t = withdrawals.c
+    limit = min(LINES_MAX, int(getattr(rail, "max_lines", LINES_MAX)))
+    statement = (
+        select(withdrawals)
+        .where(t.chain == rail.chain.value, t.status == Status.REQUESTED.value)
+        .order_by(t.created_at, t.id)
+        .limit(LINES_MAX * 4)  # room for those not in good standing
+    )
+    rows = (await conn.execute(statement)).all()
+    bad = await people.bad_standings(conn, {row.person_id for row in rows})
+    waiting = [row for row in rows if row.person_id not in bad][:limit]
+    if not waiting:
+        raise PlanRefused(f"no withdrawal waits on {rail.chain}", code="nothing_to_plan")
+    return await _covered(conn, rail.chain, waiting)
+
+
+async def _covered(conn: AsyncConnection, chain: Chain, waiting: Sequence[Row[Any]]) -> list[Candidate]:
+    """As many requests, oldest first, as the escrow covers (S3); nobody is overtaken by a smaller one."""
+    left = await payable(conn, chain)
+    chosen: list[Candidate] = []
+    for row in waiting:
+        left = left - from_micro(row.amount_micro)
+        if left.n < 0:
+            break
+        candidate = Candidate(
+            uuid7(), row.id, row.person_id, row.address, Micro(row.amount_micro), row.hold_id
+        )
+        chosen.append(candidate)
+    if not chosen:
+        first = from_micro(waiting[0].amount_micro)
+        message = f"the escrow on {chain} does not cover the next withdrawal, ${first}: move USDC there"
+        raise PlanRefused(message, code="escrow_short")
+    return chosen
+
+
+async def payable(conn: AsyncConnection, chain: Chain) -> Nano:
+    """What the books say the chain's escrow holds beyond payouts in flight; may be below zero."""
+    escrow = await read_balance(conn, ledger_accounts.escrow(chain.value))
+    flight = await read_balance(conn, ledger_accounts.payouts_in_flight(chain.value))
+    held = -(escrow.posted.n if escrow else 0)  # an asset's balance is negative
+    return Nano(held - (flight.posted.n if flight else 0))
+
+
+async def _check_free(conn: AsyncConnection, chain: Chain) -> None:
+    if (why := await halts.halted(conn, chain)) is not None:
+        raise PlanRefused(f"payouts on {chain} are halted: {why}", code="halted")
+    if (live := await live_batch(conn, chain)) is not None:
+        message = f"batch {live.id} is {live.status}; a chain has one fence, so one batch at a time"
+        raise PlanRefused(message, code="batch_under_way")
+
+
+async def _write(
+    conn: AsyncConnection,
+    *,
+    rail: PayoutRail,
+    candidates: Sequence[Candidate],
+    unsigned: Unsigned | None,
+    refused: Mapping[str, str],
+    planned_by: str,
+    now: datetime,
+) -> Planned | None:
+    await lock_chain(conn, rail.chain)
+    await _check_free(conn, rail.chain)
+    await _lock_requests(conn, candidates)
+    await lock_accounts(conn, rail.chain, {c.person_id for c in candidates})
+    kept = [c for c in candidates if str(c.payout_id) not in refused]
+    split_off = tuple((c.withdrawal_id, refused[str(c.payout_id)]) for c in candidates if c not in kept)
+    for candidate in candidates:
+        await release(conn, candidate.hold_id)
+        if candidate not in kept:
+            await _fail(conn, candidate, refused[str(candidate.payout_id)], now)
+    if unsigned is None:
+        return None
+    if unsigned.lines != tuple(c.line for c in kept):
+        raise AssertionError("the rail froze other lines than it was given")
+    total = Micro(sum(c.amount.n for c in kept))
+    if (await payable(conn, rail.chain)).n < from_micro(total.n).n:
+        raise _Changed
+    batch_id = await _freeze(
+        conn, rail=rail, kept=kept, unsigned=unsigned, total=total, planned_by=planned_by, now=now
+    )
+    return Planned(batch_id, len(kept), total, split_off)
+
+
+async def _lock_requests(conn: AsyncConnection, candidates: Sequence[Candidate]) -> None:
+    """Lock the requests as they were read; _Changed if one was cancelled, or its operator suspended."""
+    t = withdrawals.c
+    statement = (
+        select(t.id, t.hold_id)
+        .where(t.id.in_([c.withdrawal_id for c in candidates]), t.status == Status.REQUESTED.value)
+        .order_by(t.id)
+        .with_for_update(key_share=True)
+    )
+    found = {row.id: row.hold_id for row in await conn.execute(statement)}
+    if found != {c.withdrawal_id: c.hold_id for c in candidates}:
+        raise _Changed
+    if await people.bad_standings(conn, {c.person_id for c in candidates}):
+        raise _Changed
+
+
+async def lock_accounts(conn: AsyncConnection, chain: Chain, persons: set[UUID]) -> None:
+    """Lock every balance a batch's ledger entries touch, in account order, before the first of them."""
+    names: list[Account] = [
+        ledger_accounts.payouts_in_flight(chain.value),
+        ledger_accounts.escrow(chain.value),
+    ]
+    names += [ledger_accounts.operator_earnings(str(person)) for person in persons]
+    await lock_balances(conn, [await ensure_account(conn, name) for name in sorted(names)])
+
+
+async def _fail(conn: AsyncConnection, candidate: Candidate, reason: str, now: datetime) -> None:
+    await conn.execute(
+        update(withdrawals)
+        .where(withdrawals.c.id == candidate.withdrawal_id)
+        .values(status=Status.FAILED.value, hold_id=None, refusal=reason[:1000], changed_at=now)
+    )
+
+
+async def _freeze(
+    conn: AsyncConnection,
+    *,
+    rail: PayoutRail,
+    kept: Sequence[Candidate],
+    unsigned: Unsigned,
+    total: Micro,
+    planned_by: str,
+    now: datetime,
+) -> UUID:
+    batch_id = uuid7()
+    await conn.execute(
+        insert(settlement_batches).values(
+            id=batch_id,
+            chain=rail.chain.value,
+            status=Payout.PLANNED.value,
+            digest=batch_digest(
+                chain=rail.chain, escrow=rail.escrow, fence=unsigned.fence, lines=unsigned.lines
+            ),
+            merkle_root=merkle_root(unsigned.lines),
+            escrow=rail.escrow,
+            fence=unsigned.fence,
+            context=unsigned.context,
+            total_micro=total.n,
+            count=len(kept),
+            threshold=rail.threshold,
+            planned_by=planned_by,
+            planned_at=now,
+            changed_at=now,
+        )
+    )
+    rows = [
+        {
+            "id": c.payout_id,
+            "batch_id": batch_id,
+            "position": position,
+            "withdrawal_id": c.withdrawal_id,
+            "person_id": c.person_id,
+            "address": c.address,
+            "amount_micro": c.amount.n,
+        }
+        for position, c in enumerate(kept)
+    ]
+    await conn.execute(insert(payouts), rows)
+    await conn.execute(
+        update(withdrawals)
+        .where(withdrawals.c.id.in_([c.withdrawal_id for c in kept]))
+        .values(status=Status.PLANNED.value, hold_id=None, batch_id=batch_id, changed_at=now)
+    )
+    for c in kept:
+        moved = templates.withdrawal_planned(
+            chain=rail.chain.value,
+            person=str(c.person_id),
+            amount=from_micro(c.amount.n),
+            ref=str(c.payout_id),
+        )
+        await post_transfer(conn, moved)
+    return batch_id

@@ -1,0 +1,249 @@
+"""Requests to be paid: decided once, held in the ledger, cancellable until planned.
+
+The decision is made while the operator's earnings are locked, so parallel requests of the whole balance
+are decided one after the other (A33).  A repeated request with the same key gives the same withdrawal
+(A32).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final, Self
+from uuid import UUID
+
+from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from chain.networks import Chain
+from chain.units import Micro
+from marketplace.ledger import accounts as ledger_accounts
+from marketplace.ledger.holds import hold, release
+from marketplace.ledger.money import Nano, from_micro, to_micro
+from marketplace.platform.ids import uuid7
+from marketplace.platform.settings import Settings
+from marketplace.settlement import address_book, people
+from marketplace.settlement.earnings import lock_earnings
+from marketplace.settlement.eligibility import BrokenRule, Case, broken_rules
+from marketplace.settlement.errors import KeyReused, NotEligible, NotFound, WrongState
+from marketplace.settlement.tables import withdrawals
+
+KEY_CHARACTERS_MAX: Final = 200
+PAGE_MAX: Final = 200
+
+
+class Status(StrEnum):
+    """Where a withdrawal stands."""
+
+    REQUESTED = "requested"
+    PLANNED = "planned"
+    PAID = "paid"
+    FAILED = "failed"
+    """Refused when it was to be planned; the money stayed in earnings."""
+    CANCELLED = "cancelled"
+
+
+COUNTED: Final = (Status.REQUESTED, Status.PLANNED, Status.PAID)
+"""What counts towards the cumulative KYC limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The numbers the rules compare with."""
+
+    minimum: Nano
+    kyc_limit: Nano
+    reserve_s: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        return cls(Nano(settings.withdrawal_nano_min), Nano(settings.kyc_limit_nano), settings.reserve_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """One request to be paid."""
+
+    id: UUID
+    person_id: UUID
+    chain: Chain
+    address: str
+    amount: Micro
+    status: Status
+    created_at: datetime
+    changed_at: datetime
+    batch_id: UUID | None
+    refusal: str | None
+
+
+async def request(
+    conn: AsyncConnection,
+    *,
+    person: UUID,
+    chain: Chain,
+    address: str,
+    amount: Micro | None,
+    key: str,
+    limits: Limits,
+    now: datetime,
+) -> tuple[Withdrawal, bool]:
+    """Request a payout of `amount` (None: everything matured) to a canonical `address` of the address book.
+
+    Gives the withdrawal, and whether this call made it.  NotEligible names every broken rule; KeyReused
+    for a key used with other inputs.
+    """
+    if not 0 < len(key) <= KEY_CHARACTERS_MAX:
+        raise KeyReused(
+            f"an idempotency key has 1 to {KEY_CHARACTERS_MAX} characters", code="bad_idempotency_key"
+        )
+    inputs = _input_hash(chain, address, amount)
+    if (made := await _by_key(conn, person, key, inputs)) is not None:
+        return made, False
+    earned = await lock_earnings(conn, person, now=now, reserve_s=limits.reserve_s)
+    if (made := await _by_key(conn, person, key, inputs)) is not None:  # made while we waited for the lock
+        return made, False
+    wanted = amount if amount is not None else Micro(to_micro(earned.matured)[0])
+    case = await _case(
+        conn,
+        person=person,
+        chain=chain,
+        address=address,
+        amount=wanted,
+        matured=earned.matured,
+        limits=limits,
+        now=now,
+    )
+    if broken := broken_rules(case):
+        raise not_eligible(broken)
+    identity = uuid7()
+    account = ledger_accounts.operator_earnings(str(person))
+    held = await hold(conn, account, from_micro(wanted.n), reason=f"withdrawal {identity}")
+    await conn.execute(
+        insert(withdrawals).values(
+            id=identity,
+            person_id=person,
+            chain=chain.value,
+            address=address,
+            amount_micro=wanted.n,
+            status=Status.REQUESTED.value,
+            idempotency_key=key,
+            input_hash=inputs,
+            hold_id=held,
+            created_at=now,
+            changed_at=now,
+        )
+    )
+    return Withdrawal(identity, person, chain, address, wanted, Status.REQUESTED, now, now, None, None), True
+
+
+def not_eligible(broken: tuple[BrokenRule, ...]) -> NotEligible:
+    """Say every broken rule and its remedy; the code is the first rule's name."""
+    text = "; ".join(f"{rule.message} ({rule.remedy})" for rule in broken)
+    return NotEligible(text, code=broken[0].rule)
+
+
+async def cancel(conn: AsyncConnection, *, person: UUID, withdrawal_id: UUID, now: datetime) -> Withdrawal:
+    """Take a request back and free its hold; WrongState once it is planned.  Cancelling twice is harmless."""
+    t = withdrawals.c
+    statement = select(withdrawals).where(t.id == withdrawal_id, t.person_id == person)
+    row = (await conn.execute(statement.with_for_update(key_share=True))).one_or_none()
+    if row is None:
+        raise NotFound("you have no such withdrawal")
+    if row.status == Status.CANCELLED:
+        return _withdrawal(row)
+    if row.status != Status.REQUESTED:
+        raise WrongState(f"the withdrawal is {row.status} and cannot be cancelled any more")
+    await release(conn, row.hold_id)
+    await conn.execute(
+        update(withdrawals)
+        .where(t.id == withdrawal_id)
+        .values(status=Status.CANCELLED.value, hold_id=None, changed_at=now)
+    )
+    return await find(conn, person=person, withdrawal_id=withdrawal_id)
+
+
+async def find(conn: AsyncConnection, *, person: UUID, withdrawal_id: UUID) -> Withdrawal:
+    """One withdrawal of a person; NotFound."""
+    t = withdrawals.c
+    statement = select(withdrawals).where(t.id == withdrawal_id, t.person_id == person)
+    row = (await conn.execute(statement)).one_or_none()
+    if row is None:
+        raise NotFound("you have no such withdrawal")
+    return _withdrawal(row)
+
+
+async def listing(
+    conn: AsyncConnection, person: UUID, *, before: UUID | None = None, limit: int = PAGE_MAX
+) -> list[Withdrawal]:
+    """A person's withdrawals, newest first, those older than `before`."""
+    t = withdrawals.c
+    statement = (
+        select(withdrawals).where(t.person_id == person).order_by(t.id.desc()).limit(min(limit, PAGE_MAX))
+    )
+    if before is not None:
+        statement = statement.where(t.id < before)
+    return [_withdrawal(row) for row in await conn.execute(statement)]
+
+
+async def _case(
+    conn: AsyncConnection,
+    *,
+    person: UUID,
+    chain: Chain,
+    address: str,
+    amount: Micro,
+    matured: Nano,
+    limits: Limits,
+    now: datetime,
+) -> Case:
+    entry = await address_book.find_in_use(conn, person, chain, address)
+    counted = select(func.coalesce(func.sum(withdrawals.c.amount_micro), 0)).where(
+        withdrawals.c.person_id == person, withdrawals.c.status.in_([s.value for s in COUNTED])
+    )
+    before = int(await conn.scalar(counted) or 0)
+    return Case(
+        amount=from_micro(amount.n),
+        matured=matured,
+        withdrawn_before=from_micro(before),
+        bad_standing=(await people.bad_standings(conn, [person])).get(person),
+        is_kyc_verified=await people.is_kyc_verified(conn, person),
+        is_address_known=entry is not None,
+        address_usable_at=None if entry is None else entry.usable_at,
+        now=now,
+        minimum=limits.minimum,
+        kyc_limit=limits.kyc_limit,
+    )
+
+
+async def _by_key(conn: AsyncConnection, person: UUID, key: str, inputs: bytes) -> Withdrawal | None:
+    t = withdrawals.c
+    statement = select(withdrawals).where(t.person_id == person, t.idempotency_key == key)
+    row = (await conn.execute(statement)).one_or_none()
+    if row is None:
+        return None
+    if row.input_hash != inputs:
+        raise KeyReused("this Idempotency-Key was used for another withdrawal; use a new key")
+    return _withdrawal(row)
+
+
+def _input_hash(chain: Chain, address: str, amount: Micro | None) -> bytes:
+    inputs = [chain.value, address, "all" if amount is None else amount.n]
+    return hashlib.sha256(json.dumps(inputs, separators=(",", ":")).encode()).digest()
+
+
+def _withdrawal(r: Row[Any]) -> Withdrawal:
+    return Withdrawal(
+        r.id,
+        r.person_id,
+        Chain(r.chain),
+        r.address,
+        Micro(r.amount_micro),
+        Status(r.status),
+        r.created_at,
+        r.changed_at,
+        r.batch_id,
+        r.refusal,
+    )
