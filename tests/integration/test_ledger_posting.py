@@ -13,6 +13,7 @@ from marketplace.ledger.accounts import Account, Kind, TransferKind, ensure_acco
 from marketplace.ledger.errors import InsufficientFunds, KeyReused, ReversalRefused
 from marketplace.ledger.ids import lowest_at
 from marketplace.ledger.money import Nano
+from marketplace.ledger.partitions import ensure_partitions
 from marketplace.ledger.posting import find_transfer, post_transfer
 from marketplace.ledger.tables import ledger_metadata
 
@@ -188,8 +189,8 @@ async def test_the_tables_in_python_are_the_tables_in_the_database(ledger_engine
 
 async def test_month_partitions_exist_ahead_and_take_the_charges_of_their_month(ledger_engine):
     async with ledger_engine.begin() as conn:
-        assert await conn.scalar(text("SELECT ensure_partitions(12)")) == 0
-        assert await conn.scalar(text("SELECT ensure_partitions(14)")) == 2
+        assert await ensure_partitions(conn) == 0
+        assert await ensure_partitions(conn, months_ahead=14) == 2
         statement = text(
             "INSERT INTO charges VALUES ('019a0000-0000-7000-8000-000000000000', 1, NULL, 0, 0, NULL, 'm',"
             " NULL, 0, 0, 0, 0, 0, NULL, 503, NULL, 0, 1, false) RETURNING tableoid::regclass::text"
