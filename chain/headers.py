@@ -21,8 +21,9 @@ from typing import Final
 from chain.errors import FinalityViolated, Malformed
 from chain.ports import Header
 
-WINDOW_HEADERS_MAX: Final = 8_192
-"""Base keeps about 600 blocks above its final one; beyond this we wait for finality and see no further."""
+WINDOW_HEADERS_MAX: Final = 1_400
+"""Base keeps about 600 blocks above its final one; beyond this we wait for finality and see no further.
+A whole window and one step on top of it fit into one read of 2,000 blocks."""
 WALK_HEADERS_MIN: Final = 16
 """How far below a fork the first look for the common ancestor goes; doubled each time."""
 
@@ -132,9 +133,10 @@ def plan_head(window: Window, head: Header, *, limit: int) -> Idle | Lagging | F
     if head.height == window.final.height:
         raise _violated(window, head)
     if head.height > window.tip.height:
-        if len(window.above) >= WINDOW_HEADERS_MAX:
+        room = min(limit, WINDOW_HEADERS_MAX - len(window.above))
+        if room <= 0:
             return Idle()
-        return Fetch(window.tip.height + 1, min(head.height, window.tip.height + limit))
+        return Fetch(window.tip.height + 1, min(head.height, window.tip.height + room))
     return Fetch(max(window.final.height + 1, head.height - WALK_HEADERS_MIN + 1), head.height)
 
 

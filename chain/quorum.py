@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypeVar
@@ -244,7 +244,7 @@ async def _in_time(ask: Callable[[ChainReader], Awaitable[T]], reader: ChainRead
     try:
         async with asyncio.timeout(ANSWER_S_MAX):
             return await ask(reader)
-    except Exception as e:  # noqa: BLE001 - whatever one provider does must not stop the others
+    except Exception as e:
         return e
 
 
