@@ -195,7 +195,7 @@ async def _unhold(conn: AsyncConnection, parts: Sequence[tuple[int, int]]) -> No
         await conn.execute(statement, {"account": account, "amount": totals[account]})
 
 
-def _grant_values(  # noqa: PLR0917 - the statement's own values, once
+def _grant_values(
     buyer: int, identity: UUID, minimum: Nano, wanted: Nano, cap: Nano, ttl_ms: int
 ) -> dict[str, object]:
     return {
