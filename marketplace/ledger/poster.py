@@ -197,7 +197,7 @@ class Poster:
                 self._room.set()
         except LedgerBroken as e:
             self._break(e)
-        except Exception as e:
+        except Exception as e:  # a mistake of ours: nobody may wait for ever
             self._break(LedgerBroken(f"the poster stopped: {e!r}"), cause=e)
 
     def _break(self, error: LedgerBroken, cause: Exception | None = None) -> None:
