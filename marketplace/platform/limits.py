@@ -11,11 +11,11 @@ peer unless that peer is a trusted proxy (A84).
 from __future__ import annotations
 
 import ipaddress
-import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from math import ceil
 from types import MappingProxyType
 from typing import Final, NamedTuple
 from uuid import UUID
@@ -101,38 +101,21 @@ class Taken(NamedTuple):
         )
 
 
-class _Window:
-    """The counters of one rule: per key, the times of the requests let through."""
+class _Counters:
+    """One rule's counters: per key, the times of the requests let through, oldest key first."""
 
-    __slots__ = ("_times", "limit")
+    __slots__ = ("limit", "times")
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
-        self._times: dict[Hashable, deque[float]] = {}
+        self.times: OrderedDict[Hashable, deque[float]] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._times)
-
-    def take(self, key: Hashable, limit: Limit, now: float) -> Taken:
-        times = self._times.get(key)
-        if times is None:
-            times = self._start(key)
-        horizon = now - limit.window_s
-        while times and times[0] <= horizon:
-            times.popleft()
-        used = len(times)
-        if used >= limit.requests:
-            wait = times[used - limit.requests] + limit.window_s - now
-            return Taken(False, limit.requests, 0, max(1, math.ceil(wait)))
-        times.append(now)
-        return Taken(True, limit.requests, limit.requests - used - 1, math.ceil(times[0] - horizon))
-
-    def _start(self, key: Hashable) -> deque[float]:
-        """Make a counter; the oldest one gives way when there are too many."""
-        if len(self._times) >= COUNTERS_MAX:
-            del self._times[next(iter(self._times))]
+    def start(self, key: Hashable) -> deque[float]:
+        """Make a counter; the oldest gives way when there are too many."""
+        if len(self.times) >= COUNTERS_MAX:
+            self.times.popitem(last=False)
         times: deque[float] = deque()
-        self._times[key] = times
+        self.times[key] = times
         return times
 
 
@@ -147,22 +130,31 @@ class RateLimits:
     ) -> None:
         """`monotonic` gives seconds (Clock.monotonic); `overrides` are per person, read at each request."""
         self._monotonic = monotonic
-        self._windows = {rule: _Window(limits.get(rule, DEFAULT_LIMITS[rule])) for rule in Rule}
+        self._counters = {rule: _Counters(limits.get(rule, DEFAULT_LIMITS[rule])) for rule in Rule}
         self._overrides = {} if overrides is None else overrides
 
     def take(self, rule: Rule, key: Hashable) -> Taken:
         """Count one request of `key` (a person's id or an address) if it is within the limit."""
-        window = self._windows[rule]
-        limit = window.limit
-        if self._overrides:
-            own = self._overrides.get(key)
-            if own is not None:
-                limit = own.get(rule, limit)
-        return window.take(key, limit, self._monotonic())
+        counters = self._counters[rule]
+        limit = counters.limit
+        if self._overrides and key in self._overrides:
+            limit = self._overrides[key].get(rule, limit)
+        now = self._monotonic()
+        horizon, most = now - limit.window_s, limit.requests
+        times = counters.times.get(key)
+        if times is None:
+            times = counters.start(key)
+        while times and times[0] <= horizon:
+            times.popleft()
+        used = len(times)
+        if used >= most:  # more than `most` only where an override has just been tightened
+            return Taken(False, most, 0, ceil(times[used - most] - horizon))
+        times.append(now)
+        return Taken(True, most, most - used - 1, ceil(times[0] - horizon))
 
     def counters(self, rule: Rule) -> int:
         """How many counters `rule` has: at most COUNTERS_MAX."""
-        return len(self._windows[rule])
+        return len(self._counters[rule].times)
 
 
 def _parse(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

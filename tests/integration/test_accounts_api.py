@@ -1,4 +1,4 @@
-"""Sign-up, sign-in and keys over HTTP, on real PostgreSQL, with signatures made by real wallets' libraries."""
+"""Sign-up, sign-in and keys over HTTP, on real PostgreSQL, with signatures made by wallets' libraries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from marketplace.accounts import people
 from marketplace.accounts.authenticate import AccountAuthenticator
 from marketplace.accounts.key_ring import KeyRing
 from marketplace.accounts.routes import router
-from marketplace.platform.database import transaction
+from marketplace.accounts.tokens import make_key
+from marketplace.platform.database import drop_database, transaction
 from marketplace.platform.http import AccountIdentity, AdminIdentity, Services, install_error_handlers
 from marketplace.platform.settings import ChainsConfig, Environment, Settings
 
@@ -38,12 +39,13 @@ class MovableClock:
 
     def __init__(self) -> None:
         self.ahead = timedelta()
+        self.monotonic_ahead = 0.0
 
     def now(self) -> datetime:
         return datetime.now(UTC) + self.ahead
 
     def monotonic(self) -> float:
-        return time.monotonic()
+        return time.monotonic() + self.monotonic_ahead
 
 
 @dataclass
@@ -474,13 +476,16 @@ async def test_no_credential(site: Site, authorization: str | None) -> None:
     assert (answer.status_code, code_of(answer)) == (401, "missing_credentials")
 
 
-async def test_without_a_database_credentials_get_503_not_401(site: Site) -> None:
+async def test_without_a_database_credentials_get_503_not_401(site: Site, database_url: str) -> None:
     token = await site.register()
-    key = (await site.post("/api/keys", {"name": "k", "scopes": ["account"]}, as_=token)).json()["key"]
-    site.ring._as_of = time.monotonic() - 5
-    async with site.ring._reading:  # no poll gets an answer meanwhile
-        answer = await site.get("/api/me", as_=key)
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+    key = (await site.post("/api/keys", {"name": "k", "scopes": ["inference"]}, as_=token)).json()["key"]
+    assert (await site.get("/api/me", as_=key)).status_code == 403  # known, and lacks the scope
+    await drop_database(database_url)
+    site.clock.monotonic_ahead = 4.1
+    for credential in (key, make_key(), token):
+        answer = await site.get("/api/me", as_=credential)
+        assert (answer.status_code, answer.headers.get("retry-after")) == (503, "2")
+        assert code_of(answer) == "credentials_unavailable"
 
 
 async def test_the_served_openapi_lists_every_route_with_its_refusals(site: Site) -> None:
