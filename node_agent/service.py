@@ -30,6 +30,7 @@ from node_agent.relay import Relay
 
 STATUS_FILE: Final = "status.json"
 RECONNECT_SECONDS: Final = 1.0
+DISCONNECT_SECONDS_MAX: Final = 5.0
 SAME_COMPLAINT_SECONDS: Final = 30.0
 PENDING_MESSAGES_MAX: Final = 4096
 LOOK_EVERY_SECONDS: Final = 0.2  # at the engines' states
@@ -125,8 +126,7 @@ class Service:
             await asyncio.gather(
                 *(engine.stop() for engine in self._engines.values()), return_exceptions=True
             )
-            with contextlib.suppress(Exception):
-                await self._nats.close()
+            await self._disconnect()
             self._journal.close()
             (self._folder / STATUS_FILE).unlink(missing_ok=True)
 
@@ -138,8 +138,13 @@ class Service:
             relay.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=5.0)
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            await self._nats.flush(timeout=5)
+
+    async def _disconnect(self) -> None:
+        """Send what is still to be sent and close, whatever state the connection is in."""
+        for step in (self._nats.flush, self._nats.close):
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+                async with asyncio.timeout(DISCONNECT_SECONDS_MAX):
+                    await step()
 
     # -- the fabric -----------------------------------------------------------------------
 
@@ -302,7 +307,8 @@ class Service:
         until = time.monotonic() + protocol.STATUS_EVERY_MS / 1000
         while time.monotonic() < until and self._states() == before:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake_status.wait(), LOOK_EVERY_SECONDS)
+                async with asyncio.timeout(LOOK_EVERY_SECONDS):  # wait_for may swallow a cancellation
+                    await self._wake_status.wait()
                 self._wake_status.clear()
                 return
 

@@ -64,7 +64,8 @@ class AttachEngine:
             except TimeoutError:
                 self._set_down("the warm-up generation took too long")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._doubt.wait(), PROBE_EVERY_SECONDS)
+                async with asyncio.timeout(PROBE_EVERY_SECONDS):
+                    await self._doubt.wait()
 
     async def _check(self) -> None:
         for model in self._models:

@@ -216,7 +216,8 @@ class SpawnEngine:
         if process.stdin is not None:
             process.stdin.close()
         try:
-            await asyncio.wait_for(process.wait(), GRACE_SECONDS + 15.0)
+            async with asyncio.timeout(GRACE_SECONDS + 15.0):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()

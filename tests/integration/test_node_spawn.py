@@ -161,7 +161,8 @@ from node_agent.engines.spawn import SpawnEngine
 
 async def main():
     engine = SpawnEngine("fake", argv=["{python}", "-c", sys.argv[1], sys.argv[2], "{port}", "good"],
-                         values={"python": sys.executable}, environment={}, models=["m"], folder=Path(sys.argv[3]))
+                         values={"python": sys.executable}, environment={}, models=["m"],
+                         folder=Path(sys.argv[3]))
     await engine.start()
     while engine.state != "ready":
         await asyncio.sleep(0.05)
