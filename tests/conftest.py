@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -27,21 +28,22 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """A server for the whole run: TOLLWAY_TEST_DATABASE_URL or the embedded one; gives its URL."""
     given = os.environ.get("TOLLWAY_TEST_DATABASE_URL")
     if given:
         yield given
         return
-    folder = tmp_path_factory.mktemp("pg")
-    for parent in (folder, folder.parent, folder.parent.parent):
-        parent.chmod(0o755)  # as root, the server runs as somebody else
-    server = EmbeddedPostgres(folder / "postgres")
-    server.start()
-    try:
-        yield server.url("tollway")
-    finally:
-        server.stop()
+    # Not under pytest's own folder: as root, the server runs as somebody else, whom pytest keeps out.
+    with tempfile.TemporaryDirectory(prefix="tollway-tests-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        server = EmbeddedPostgres(folder / "postgres")
+        server.start()
+        try:
+            yield server.url("tollway")
+        finally:
+            server.stop()
 
 
 @pytest.fixture(scope="session")

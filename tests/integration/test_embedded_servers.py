@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nats
@@ -39,10 +41,10 @@ def _is_alive(pid: int) -> bool:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)
-    return tmp_path / "postgres"
+def home() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="tollway-tests-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name) / "postgres"
 
 
 async def test_a_killed_owner_leaves_no_server_and_loses_no_row(home: Path) -> None:
