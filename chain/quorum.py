@@ -51,7 +51,7 @@ class ProviderFault:
 OnFault = Callable[[ProviderFault], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Provider:
     """A reader and the name it is reported by."""
 
