@@ -1,0 +1,243 @@
+"""Parts for tests of the gateway: a small real tokenizer, a node that answers as told, a running gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import nats
+import uvicorn
+from pydantic import SecretStr
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from marketplace.accounts.people import create_key, create_person
+from marketplace.app import Gateway
+from marketplace.catalog.models import Tier, TokenizerFiles, add_model
+from marketplace.fabric.node_ids import node_id_of
+from marketplace.gateway.hot_route import protocol_for
+from marketplace.ledger.accounts import buyer
+from marketplace.ledger.money import Nano
+from marketplace.ledger.posting import post_transfer
+from marketplace.ledger.templates import deposit
+from marketplace.platform.database import connect, transaction
+from marketplace.platform.embedded_nats import EmbeddedNats
+from marketplace.platform.ids import uuid7
+from marketplace.platform.processes import free_port
+from marketplace.platform.settings import Environment, Settings
+from node_agent import protocol
+
+MODEL = "letters"
+SECRET = "s" * 40
+PRICE_IN, PRICE_OUT = 1_000_000_000, 2_000_000_000
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+
+
+def letters_tokenizer() -> Tokenizer:
+    """One token a byte, and the two ChatML marks."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+def tokenizer_files() -> TokenizerFiles:
+    raw = letters_tokenizer().to_str().encode()
+    return TokenizerFiles(hashlib.sha256(raw).hexdigest(), raw, CHATML, {})
+
+
+def prompt_tokens(content: str) -> int:
+    """What `letters` makes of one user message: two marks, "user\\n", the text, "\\n", the opening."""
+    return 2 + len(b"user\n") + len(content.encode()) + len(b"\n") + 1 + len(b"assistant\n")
+
+
+Reply = Callable[["StubNode", protocol.Request, str], Awaitable[None]]
+
+
+@dataclass
+class StubNode:
+    """A node that speaks the protocol and answers as its test says."""
+
+    node_id: protocol.NodeId
+    answer: Reply
+    price_in: int = PRICE_IN
+    price_out: int = PRICE_OUT
+    requests: list[protocol.Request] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    connection: Any = None
+
+    async def start(self, server: EmbeddedNats) -> None:
+        self.connection = await nats.connect(
+            server.url, user="marketplace", password=server.credentials.password
+        )
+        await self.connection.subscribe(protocol.request_subject(self.node_id), cb=self._on_request)
+        await self.connection.subscribe(protocol.control_subject(self.node_id), cb=self._on_control)
+
+    async def _on_request(self, message: Any) -> None:
+        request = protocol.decode_request(message.data)
+        self.requests.append(request)
+        asyncio.ensure_future(self.answer(self, request, message.reply))
+
+    async def _on_control(self, message: Any) -> None:
+        control = protocol.decode_control(message.data)
+        if isinstance(control, protocol.Cancel):
+            self.cancelled.append(control.id)
+
+    async def send(self, reply: str, frame: protocol.Frame) -> None:
+        await self.connection.publish(reply, protocol.encode(frame))
+
+    async def say_status(self, seq: int) -> None:
+        model = protocol.ModelStatus(MODEL, 4096, self.price_in, self.price_out, capacity=64)
+        status = protocol.Status(1, self.node_id, seq, 0, "test", is_draining=False, models=[model])
+        await self.connection.publish(protocol.status_subject(self.node_id), protocol.encode(status))
+        await self.connection.flush()
+
+
+def saying(
+    parts: Sequence[str], *, reported: int | None = None, with_ids: bool = True, pause_s: float = 0
+) -> Reply:
+    """An honest answer in these parts; `reported` makes the operator's count dishonest."""
+
+    async def answer(node: StubNode, request: protocol.Request, reply: str) -> None:
+        tokenizer = letters_tokenizer()
+        await node.send(reply, protocol.Accepted(0))
+        seq, total = 1, 0
+        for at, part in enumerate(parts):
+            ids = tokenizer.encode(part, add_special_tokens=False).ids
+            total += len(ids)
+            choice = protocol.ChoiceDelta(
+                content=part,
+                token_ids=ids if with_ids else None,
+                finish_reason="stop" if at == len(parts) - 1 else None,
+            )
+            await node.send(reply, protocol.Delta(seq, [choice], completion_tokens=reported or total))
+            seq += 1
+            if pause_s:
+                await asyncio.sleep(pause_s)
+        await node.send(reply, protocol.End(seq, completion_tokens=reported or total))
+
+    return answer
+
+
+@dataclass
+class RunningGateway:
+    url: str
+    process: Gateway
+    key: str
+    person: UUID
+    operator: UUID
+    owner: AsyncEngine
+    nats: EmbeddedNats
+    nodes: list[StubNode] = field(default_factory=list)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    async def add_node(
+        self, answer: Reply, *, price_in: int = PRICE_IN, price_out: int = PRICE_OUT
+    ) -> StubNode:
+        """Enrol a node of the operator, connect it and wait until the gateway would choose it."""
+        identity = uuid7()
+        node = StubNode(node_id_of(identity), answer, price_in, price_out)
+        async with self.owner.begin() as connection:
+            await connection.execute(
+                text(
+                    "INSERT INTO nodes (id, operator_id, name, public_key) VALUES (:id, :operator, 'stub', :key)"
+                ),
+                {"id": node.node_id, "operator": self.operator, "key": f"U{identity.hex.upper()}"},
+            )
+        await node.start(self.nats)
+        self.nodes.append(node)
+        for seq in range(100):
+            await node.say_status(seq)
+            views = self.process.fabric.registry.views(MODEL)
+            if any(view.node_id == node.node_id for view in views):
+                return node
+            await asyncio.sleep(0.05)
+        raise AssertionError("the gateway does not see the node")
+
+    async def fund(self, nano: int) -> None:
+        """Deposit for the buyer, through the ledger."""
+        async with transaction(self.process.engine) as connection:
+            await post_transfer(
+                connection,
+                deposit(chain="base", person=str(self.person), amount=Nano(nano), ref=f"base:{uuid7()}"),
+            )
+        assert buyer(str(self.person))
+
+
+def chains_json(folder: Path) -> Path:
+    evm = {
+        "rpc": ["http://127.0.0.1:9"], "usdc": "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02913",
+        "escrow": "0x" + "11" * 20, "forwarder_factory": "0x" + "22" * 20, "multi_send": "0x" + "33" * 20,
+        "signers": [], "threshold": 2,
+    }  # fmt: skip
+    solana = {
+        "rpc": ["http://127.0.0.1:9"], "usdc_mint": "EPjFWdd5AufqSSqeM2qN1xzybapC8G4wEGGkZwyTDt1v",
+        "multisig": "m", "escrow": "e", "nonce_account": "n", "gas_payer": "g", "signers": [], "threshold": 2,
+    }  # fmt: skip
+    path = folder / "chains.json"
+    path.write_text(
+        json.dumps({"ethereum": {**evm, "chain_id": 1}, "base": {**evm, "chain_id": 8453}, "solana": solana})
+    )
+    return path
+
+
+@asynccontextmanager
+async def running_gateway(
+    database_url: str, server: EmbeddedNats, folder: Path
+) -> AsyncIterator[RunningGateway]:
+    """A real gateway on a real port, with one buyer, one operator and the model `letters`."""
+    settings = Settings(
+        environment=Environment.DEVELOPMENT,
+        data_dir=folder,
+        database_url=SecretStr(database_url),
+        nats_url=server.url,
+        nats_password=SecretStr(server.credentials.password),
+        nats_issuer_seed=SecretStr(server.credentials.issuer_seed),
+        secret=SecretStr(SECRET),
+        chains_file=chains_json(folder),
+        api_port=free_port(),
+    )
+    owner = connect(database_url, role=None, pool_size=2)
+    async with transaction(owner) as connection:
+        person = await create_person(connection, display_name="buyer")
+        operator = await create_person(connection, display_name="operator", is_operator=True)
+        key = await create_key(connection, settings.secret, person, "test", {"inference", "account"})
+        await add_model(connection, name=MODEL, tier=Tier.SMALL, context=4096, files=tokenizer_files())
+    process = Gateway(settings)
+    async with process.running():
+        config = uvicorn.Config(
+            process.app, host="127.0.0.1", port=settings.api_port, http=protocol_for(process.chat.serve),
+            ws="none", lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=2,
+        )  # fmt: skip
+        http = uvicorn.Server(config)
+        http.capture_signals = lambda: __import__("contextlib").nullcontext()  # type: ignore[method-assign]
+        serving = asyncio.create_task(http.serve())
+        while not http.started:
+            await asyncio.sleep(0.01)
+        running = RunningGateway(
+            f"http://127.0.0.1:{settings.api_port}", process, key, person, operator, owner, server
+        )
+        try:
+            yield running
+        finally:
+            for node in running.nodes:
+                await node.connection.close()
+            http.should_exit = True
+            await serving
+            await owner.dispose()
