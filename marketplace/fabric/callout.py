@@ -73,7 +73,7 @@ class Callout:
         self._signer = signer
         self._clock = clock
         self._answering: set[asyncio.Task[None]] = set()
-        self._sid = 0
+        self._sid = b""
 
     def start(self) -> None:
         self._sid = self._auth.subscribe(SUBJECT, self._knocked, queue=QUEUE)

@@ -26,7 +26,7 @@ import secrets
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 from urllib.parse import urlsplit
 
 from marketplace.fabric.errors import FabricError, FabricUnavailable
@@ -83,7 +83,7 @@ class _Wire(asyncio.Protocol):
         "transport",
     )
 
-    def __init__(self, subscriptions: dict[int, _Subscription]) -> None:
+    def __init__(self, subscriptions: dict[bytes, _Subscription]) -> None:
         self._subscriptions = subscriptions
         self._loop = asyncio.get_running_loop()
         self._rest = b""
@@ -100,9 +100,9 @@ class _Wire(asyncio.Protocol):
     # -- what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
+        # uvloop's transports are none by inheritance, only by what they offer.
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
@@ -138,12 +138,12 @@ class _Wire(asyncio.Protocol):
                         self.abort()
                         return
                     break
-                subscription = self._subscriptions.get(int(fields[1]))
+                subscription = self._subscriptions.get(fields[1])
                 if subscription is not None:
                     reply = fields[2] if len(fields) == 4 else b""
                     try:
                         subscription.callback(fields[0], reply, buffer[start:end])
-                    except Exception:  # noqa: BLE001 - whatever a subscriber raises must not end the connection
+                    except Exception:
                         _log.exception("a subscriber failed", extra={"subject": subscription.subject})
                 position = end + 2
             elif buffer.startswith(b"HMSG ", position):
@@ -168,7 +168,7 @@ class _Wire(asyncio.Protocol):
             if total > MESSAGE_BYTES_MAX:
                 self.abort()
             return position
-        subscription = self._subscriptions.get(int(fields[1]))
+        subscription = self._subscriptions.get(fields[1])
         if subscription is not None:
             reply = fields[2] if len(fields) == 5 else b""
             try:
@@ -177,7 +177,7 @@ class _Wire(asyncio.Protocol):
                         subscription.on_absence(fields[0])
                 else:
                     subscription.callback(fields[0], reply, buffer[start + header_size : end])
-            except Exception:  # noqa: BLE001 - as above
+            except Exception:
                 _log.exception("a subscriber failed", extra={"subject": subscription.subject})
         return end + 2
 
@@ -240,7 +240,7 @@ class Connection:
         self._user = user
         self._password = password
         self._name = name
-        self._subscriptions: dict[int, _Subscription] = {}
+        self._subscriptions: dict[bytes, _Subscription] = {}
         self._next_sid = 1
         self._wire: _Wire | None = None
         self._keeping: asyncio.Task[None] | None = None
@@ -248,7 +248,7 @@ class Connection:
         self._lost_callbacks: list[Callable[[], None]] = []
         self._waiting: dict[bytes, asyncio.Future[bytes]] = {}
         self._inbox = f"_INBOX.{secrets.token_hex(10)}"
-        self._inbox_sid = 0
+        self._inbox_sid = b""
         self._last_error = "not started"
 
     # -- life
@@ -304,9 +304,9 @@ class Connection:
         *,
         queue: str = "",
         on_absence: AbsenceCallback | None = None,
-    ) -> int:
+    ) -> bytes:
         """Have `callback` called for every message on `subject`; gives a handle for `unsubscribe`."""
-        sid = self._next_sid
+        sid = b"%d" % self._next_sid
         self._next_sid += 1
         subscription = _Subscription(subject, queue, callback, on_absence)
         self._subscriptions[sid] = subscription
@@ -314,9 +314,9 @@ class Connection:
             self._wire.write(_subscribe_line(sid, subscription))
         return sid
 
-    def unsubscribe(self, sid: int) -> None:
+    def unsubscribe(self, sid: bytes) -> None:
         if self._subscriptions.pop(sid, None) is not None and self._wire is not None:
-            self._wire.write(f"UNSUB {sid}\r\n".encode())
+            self._wire.write(b"UNSUB %b\r\n" % sid)
 
     async def flush(self, *, deadline_s: float = 5) -> None:
         """Return once the server has handled everything sent so far; raises FabricUnavailable."""
@@ -398,7 +398,6 @@ class Connection:
                 secure = await loop.start_tls(
                     wire.transport, wire, ssl.create_default_context(), server_hostname=host
                 )
-                assert isinstance(secure, asyncio.Transport)
                 wire.transport = secure
             wire.write(self._connect_line())
             for sid, subscription in self._subscriptions.items():
@@ -436,6 +435,6 @@ class Connection:
                 return
 
 
-def _subscribe_line(sid: int, subscription: _Subscription) -> bytes:
+def _subscribe_line(sid: bytes, subscription: _Subscription) -> bytes:
     queue = f"{subscription.queue} " if subscription.queue else ""
-    return f"SUB {subscription.subject} {queue}{sid}\r\n".encode()
+    return b"SUB %b %b\r\n" % (f"{subscription.subject} {queue}".rstrip().encode(), sid)

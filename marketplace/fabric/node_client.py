@@ -282,7 +282,7 @@ class NodeClient:
         self._next = 0
         self._replies: dict[bytes, Reply] = {}
         self._by_request: dict[str, Reply] = {}
-        self._sid = 0
+        self._sid = b""
 
     def start(self) -> None:
         self._sid = self._connection.subscribe(

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from node_agent.protocol import FRAME_BYTES_MAX, NodeId, node_subjects, status_subject
+from node_agent.protocol import NodeId, node_subjects, status_subject
 
-SUBSCRIPTIONS_MAX: Final = 16
-PAYLOAD_BYTES_MAX: Final = FRAME_BYTES_MAX
-"""The server itself cuts a node that sends more (attack row A62)."""
+UNLIMITED: Final = -1
+"""nats-server 2.15.1 applies a user token's numeric limits in operator mode only (tried: a payload limit
+is ignored here), so sizes are checked by their readers; the server's own `max_payload` stands above them."""
 
 
 def reply_subject(node: NodeId, gateway: str, request: str) -> str:
@@ -32,9 +32,9 @@ def node_permissions(node: NodeId) -> dict[str, Any]:
     return {
         "pub": {"allow": [status_subject(node), f"reply.{node}.*.*"]},
         "sub": {"allow": [node_subjects(node)]},
-        "subs": SUBSCRIPTIONS_MAX,
-        "data": -1,
-        "payload": PAYLOAD_BYTES_MAX,
+        "subs": UNLIMITED,
+        "data": UNLIMITED,
+        "payload": UNLIMITED,
         "type": "user",
         "version": 2,
     }
