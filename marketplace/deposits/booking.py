@@ -89,6 +89,8 @@ async def record_seen(
 
 async def orphan(conn: AsyncConnection, chain: Chain, block_hashes: Collection[str]) -> int:
     """Mark what was seen in blocks that left the chain; gives how many."""
+    if not block_hashes:
+        return 0
     statement = (
         select(deposits.c.key, deposits.c.status, deposits.c.block_hash, deposits.c.amount_micro)
         .where(

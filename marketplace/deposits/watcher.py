@@ -205,6 +205,8 @@ class Watcher:
             saved = await save_cursor(
                 conn, cursor, moved.window, head_height=max(cursor.head_height, final.height), now=now
             )
+            # A losing branch may reach above the new final block: nothing later would look at it again.
+            await orphan(conn, chain, [header.hash for header in moved.orphaned])
             directory = await look_up(conn, chain, self.rules.escrow, transfers)
             credited = await book_final(
                 conn, self.rules, transfers, directory, through_height=moved.window.final.height, now=now
