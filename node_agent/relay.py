@@ -170,7 +170,7 @@ class Relay:
             await self._send_one_delta(choices, prompt_ids)
 
     async def _send_one_delta(self, choices: list[ChoiceDelta], prompt_ids: list[int] | None) -> None:
-        if len(encode(Delta(1 << 30, choices, prompt_ids))) > FRAME_BYTES_MAX - 64:
+        if _is_too_large(choices, prompt_ids):
             if len(choices) + bool(prompt_ids) < 2:
                 raise EngineMalformedError("the engine sent a piece too large for a frame")
             half = len(choices) // 2
@@ -276,6 +276,19 @@ def _size(choice: ChoiceDelta) -> int:
     return (
         16 + 3 * (len(choice.content or "") + len(choice.reasoning or "")) + 5 * len(choice.token_ids or ())
     )
+
+
+def _is_too_large(choices: list[ChoiceDelta], prompt_ids: list[int] | None) -> bool:
+    """True if a `Delta` of these would pass a frame's limit; encodes only what comes near it."""
+    bound = 5 * len(prompt_ids or ())
+    for choice in choices:
+        text = len(choice.content or "") + len(choice.reasoning or "")
+        bound += 2048 + 4 * text + 5 * len(choice.token_ids or ())
+        if choice.logprobs or choice.tool_calls or isinstance(choice.stop_reason, str):
+            bound += FRAME_BYTES_MAX
+    if bound < FRAME_BYTES_MAX:
+        return False
+    return len(encode(Delta(1 << 30, choices, prompt_ids, 1 << 31, 1 << 31))) > FRAME_BYTES_MAX
 
 
 def _join(parts: list[ChoiceDelta]) -> ChoiceDelta:

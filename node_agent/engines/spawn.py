@@ -157,8 +157,8 @@ class SpawnEngine:
         inherited = {
             name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
         }
+        self.log_path.touch(mode=0o600)
         with self.log_path.open("ab") as log:
-            os.fchmod(log.fileno(), 0o600)
             return await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", guard.__file__, "--pid-file", str(self.pid_path)),
                 *("--grace", str(GRACE_SECONDS), "--", *argv),

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from decimal import Decimal
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from nats.aio.client import Client
 
 from node_agent import protocol, relay
-from node_agent.config import Config, EngineSettings, Model
+from node_agent.config import Config, EngineSettings, Model, add_engine, set_price, write_first_config
 from node_agent.identity import create_identity
 from node_agent.service import Service
 
@@ -113,19 +114,28 @@ async def engine() -> AsyncIterator[FakeEngine]:
     await runner.cleanup()
 
 
-@pytest.fixture(scope="module")
-def nats_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("nats") / "log"
-    server = subprocess.Popen(
-        [Path(sys.executable).with_name("nats-server"), "-a", "127.0.0.1", "-p", str(port), "-l", log]
-    )
+        return probe.getsockname()[1]
+
+
+def start_server(port: int, log: Path) -> "subprocess.Popen[bytes]":
+    binary = Path(sys.executable).with_name("nats-server")
+    server = subprocess.Popen([binary, "-a", "127.0.0.1", "-p", str(port), "-l", log])
     for _ in range(100):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
-            break
-        asyncio.run(asyncio.sleep(0.05))
+            return server
+        time.sleep(0.05)
+    server.kill()
+    server.wait()
+    raise TimeoutError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def nats_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    port = free_port()
+    server = start_server(port, tmp_path_factory.mktemp("nats") / "log")
     yield f"nats://127.0.0.1:{port}"
     server.terminate()
     server.wait()
@@ -209,7 +219,10 @@ class Reply:
 
 
 @pytest.fixture
-async def agent(engine: FakeEngine, gateway: Client, nats_url: str, tmp_path: Path) -> AsyncIterator[Agent]:
+async def agent(
+    engine: FakeEngine, gateway: Client, nats_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Agent]:
+    monkeypatch.setattr(protocol, "STATUS_EVERY_MS", 300)
     model = Model(
         name="m",
         input=Decimal("0.10"),
@@ -503,12 +516,53 @@ async def test_drain_finishes_running_requests_and_refuses_new_ones(agent: Agent
     assert running.text == "Hello world"
 
 
-async def test_status_tells_prices_load_and_price_changes(agent: Agent, engine: FakeEngine) -> None:
+async def test_status_tells_prices_and_load(agent: Agent, engine: FakeEngine) -> None:
     status = agent.statuses[-1]
     (model,) = status.models
     assert (model.price_in, model.price_out, model.capacity) == (100_000_000, 200_000_000, 4)
     assert model.waiting == 3
     assert (agent.folder / "status.json").exists()
+
+
+async def test_changed_prices_are_taken_over_and_broken_settings_are_not(
+    agent: Agent, engine: FakeEngine
+) -> None:
+    reply = protocol.EnrollReply(NODE, "nats://127.0.0.1:1")
+    write_first_config(agent.folder, reply, api="http://127.0.0.1:1", name="")
+    (settings,) = agent.service.config.engines
+    add_engine(agent.folder, settings)
+    set_price(agent.folder, "m", price_in="0.0007", price_out=None, per="1k")
+    status = await agent.until_status(lambda status: status.models[0].price_in == 700_000_000)
+    assert status.models[0].price_out == 200_000_000
+    (agent.folder / "config.toml").write_text("nonsense")
+    seen = status.seq
+    status = await agent.until_status(lambda status: status.seq > seen + 1)
+    assert status.models[0].price_in == 700_000_000
+
+
+async def test_agent_returns_when_the_fabric_does(engine: FakeEngine, tmp_path: Path) -> None:
+    port = free_port()
+    url = f"nats://127.0.0.1:{port}"
+    model = Model(name="m", input=Decimal(1), output=Decimal(2), context=2048, engine_name="engine-name")
+    settings = EngineSettings(name="fake", kind="attach", url=engine.url, models=[model])
+    config = Config(node_id=NODE, api="http://127.0.0.1:1", nats_url=url, engines=[settings])
+    service = Service(config, create_identity(tmp_path), tmp_path, version="test")
+    running = asyncio.create_task(service.run())
+    for _ in range(2):
+        server = start_server(port, tmp_path / "nats.log")
+        gateway = await nats.connect(url)
+        statuses = await gateway.subscribe(protocol.status_subject(NODE))
+        while not protocol.decode_status((await statuses.next_msg(15)).data).models[0].is_ready:
+            pass
+        reply = Reply(gateway)
+        await reply.send()
+        await reply.all()
+        assert reply.text == "Hello world"
+        await gateway.close()
+        server.kill()
+        server.wait()
+    service.stop()
+    await asyncio.wait_for(running, 15)
 
 
 async def test_nothing_said_is_written_down(
