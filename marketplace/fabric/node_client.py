@@ -309,7 +309,7 @@ class NodeClient:
         if len(self._replies) >= IN_FLIGHT_MAX:
             raise FabricUnavailable(f"{IN_FLIGHT_MAX} requests are in flight")
         self._next += 1
-        subject = reply_subject(node, self._gateway, str(self._next))
+        subject = reply_subject(self._gateway, str(self._next))
         self._connection.publish(request_subject(node), encode(request), subject)
         reply = Reply(self, subject.encode(), node, request)
         self._replies[reply.key] = reply
