@@ -7,7 +7,7 @@ Everything that plans or ends a batch of a chain takes that chain's lock first, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -159,6 +159,13 @@ async def stored_broadcasts(conn: AsyncConnection, batch_id: UUID) -> list[Broad
         )
         for r in await conn.execute(statement)
     ]
+
+
+async def final_transactions(conn: AsyncConnection, batch_ids: Collection[UUID]) -> dict[UUID, str]:
+    """The transaction that paid each of these batches, where one has, by batch."""
+    t = broadcasts.c
+    statement = select(t.batch_id, t.final_tx).where(t.batch_id.in_(batch_ids), t.final_tx.is_not(None))
+    return {row.batch_id: row.final_tx for row in await conn.execute(statement)}
 
 
 async def move(conn: AsyncConnection, batch: Batch, fact: Fact, *, now: datetime) -> Payout:

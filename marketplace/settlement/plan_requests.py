@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.networks import Chain
@@ -60,6 +60,13 @@ async def next_open(conn: AsyncConnection, chain: Chain) -> PlanRequest | None:
     statement = select(plan_requests).where(t.chain == chain.value, t.done_at.is_(None)).order_by(t.asked_at)
     row = (await conn.execute(statement.limit(1))).one_or_none()
     return None if row is None else _request(row)
+
+
+async def newest_at(conn: AsyncConnection, chain: Chain) -> datetime | None:
+    """When planning was last asked for."""
+    statement = select(func.max(plan_requests.c.asked_at)).where(plan_requests.c.chain == chain.value)
+    found: datetime | None = await conn.scalar(statement)
+    return found
 
 
 async def finish(

@@ -52,7 +52,7 @@ DOCUMENT_BYTES_MAX: Final = 4 * 1024 * 1024
 """300 lines are some 300 kB."""
 
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
-Amount = Annotated[int, msgspec.Meta(gt=0, lt=2**63)]
+Amount = Annotated[int, msgspec.Meta(gt=0, le=2**63 - 1)]
 
 
 class LedgerRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from uuid import UUID
+from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import text
@@ -19,186 +16,26 @@ from chain.payouts import Payout
 from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
 from marketplace.ledger import templates
-from marketplace.ledger.accounts import Account, read_balance, total_by_kind
 from marketplace.ledger.money import Nano
 from marketplace.ledger.posting import post_transfer
 from marketplace.platform.database import transaction
-from marketplace.platform.ids import uuid7
 from marketplace.settlement import (
     address_book,
     batches,
     halts,
     people,
     plan_requests,
-    planner,
     signing,
     withdrawals,
 )
 from marketplace.settlement.errors import (
     ApprovalRefused,
-    KeyReused,
     NotEligible,
     PlanRefused,
     WrongState,
 )
-from marketplace.settlement.settler import Pace, Settler
-from marketplace.settlement.simulated_rail import SimulatedRail
-from marketplace.settlement.withdrawals import Limits, Status, Withdrawal
-
-LIMITS = Limits(minimum=Nano(10**10), kyc_limit=Nano(5 * 10**11), reserve_s=86_400)
-NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
-
-
-@dataclass
-class SetClock:
-    at: datetime = NOW
-
-    def now(self) -> datetime:
-        return self.at
-
-    def monotonic(self) -> float:
-        return (self.at - NOW).total_seconds()
-
-    def pass_s(self, seconds: int) -> None:
-        self.at += timedelta(seconds=seconds)
-
-
-def address(n: int) -> str:
-    return "0x" + f"{n:040d}".replace("0", "1")  # digits only: the same in every spelling
-
-
-@dataclass
-class Desk:
-    """One installation: a book, a chain, a clock."""
-
-    engine: AsyncEngine
-    rail: SimulatedRail = field(default_factory=SimulatedRail)
-    clock: SetClock = field(default_factory=SetClock)
-    made: int = 0
-
-    def settler(self, reached: Callable[[str], None] = lambda _: None) -> Settler:
-        return Settler(self.engine, self.rail, self.clock, pace=Pace(expire_s=0), reached=reached)
-
-    async def fund(self, dollars: int) -> UUID:
-        """A buyer with USDC in the escrow."""
-        person = await self._person()
-        async with transaction(self.engine) as conn:
-            amount = Nano(dollars * 10**9)
-            await post_transfer(
-                conn,
-                templates.deposit_direct(chain="base", person=str(person), amount=amount, ref=f"t{person}"),
-            )
-        return person
-
-    async def operator(self, dollars: int, *, cooled: bool = True) -> UUID:
-        """Somebody who earned this much long ago, with an address that has cooled."""
-        buyer, person = await self.fund(dollars), await self._person()
-        async with transaction(self.engine) as conn:
-            await post_transfer(
-                conn,
-                templates.correction(
-                    debit=ledger_accounts.buyer(str(buyer)),
-                    credit=ledger_accounts.operator_earnings(str(person)),
-                    amount=Nano(dollars * 10**9),
-                    ref=f"earned {person}",
-                    note="test",
-                ),
-            )
-            await address_book.add(
-                conn,
-                person=person,
-                chain=Chain.BASE,
-                text=self.address_of(person),
-                forbidden=(),
-                cooling_s=3600,
-                now=self.clock.now() - timedelta(seconds=3600 if cooled else 3599),
-            )
-        return person
-
-    def address_of(self, person: UUID) -> str:
-        return address(person.int % 10**30)
-
-    async def _person(self) -> UUID:
-        self.made += 1
-        person = uuid7()
-        async with transaction(self.engine) as conn:
-            await conn.execute(
-                text("INSERT INTO people (id, display_name) VALUES (:id, :name)"),
-                {"id": person, "name": f"person {self.made}"},
-            )
-        return person
-
-    async def request(self, person: UUID, dollars: int | None, key: str = "k1") -> Withdrawal:
-        async with transaction(self.engine) as conn:
-            made, _ = await withdrawals.request(
-                conn,
-                person=person,
-                chain=Chain.BASE,
-                address=self.address_of(person),
-                amount=None if dollars is None else Micro(dollars * 10**6),
-                key=key,
-                limits=LIMITS,
-                now=self.clock.now(),
-            )
-        return made
-
-    async def status(self, person: UUID, made: Withdrawal) -> Withdrawal:
-        async with transaction(self.engine) as conn:
-            return await withdrawals.find(conn, person=person, withdrawal_id=made.id)
-
-    async def plan(self) -> planner.Planned:
-        return await planner.plan(self.engine, self.rail, self.clock, planned_by="ada")
-
-    async def approve(self, batch_id: UUID, signer: int) -> Payout:
-        async with transaction(self.engine) as conn:
-            export = await signing.export_batch(conn, batch_id)
-        unsigned, _ = signing.check_export(export, self.rail)
-        approval = self.rail.approve(unsigned, self.rail.signers[signer])
-        document = signing.ApprovalDocument(
-            signing.APPROVAL_FORMAT,
-            export.batch,
-            export.chain,
-            export.digest,
-            approval.signer,
-            batches.signatures_to_hex(approval.signatures),
-        )
-        async with transaction(self.engine) as conn:
-            return await signing.store_approval(
-                conn, self.rail, document, pushed_by="ada", now=self.clock.now()
-            )
-
-    async def approved(self) -> UUID:
-        planned = await self.plan()
-        await self.approve(planned.batch_id, 0)
-        assert await self.approve(planned.batch_id, 2) is Payout.APPROVED
-        return planned.batch_id
-
-    async def batch(self, batch_id: UUID) -> batches.Batch:
-        async with transaction(self.engine) as conn:
-            return await batches.find_batch(conn, batch_id)
-
-    async def posted(self, account: Account) -> int:
-        async with transaction(self.engine) as conn:
-            balance = await read_balance(conn, account)
-        return 0 if balance is None else balance.posted.n
-
-    async def available(self, person: UUID) -> int:
-        async with transaction(self.engine) as conn:
-            balance = await read_balance(conn, ledger_accounts.operator_earnings(str(person)))
-        return 0 if balance is None else balance.available.n
-
-    async def check(self) -> None:
-        """The books: closed, nothing held without a request, in flight = live batch, escrow = chain."""
-        async with transaction(self.engine) as conn:
-            assert sum(total.n for total in (await total_by_kind(conn)).values()) == 0
-            live = await batches.live_batch(conn, Chain.BASE)
-            held = (await conn.execute(text("SELECT coalesce(sum(held), 0) FROM balances"))).scalar_one()
-            waiting = await conn.execute(
-                text("SELECT coalesce(sum(amount_micro), 0) FROM withdrawals WHERE status = 'requested'")
-            )
-            assert held == waiting.scalar_one() * 1000
-        in_flight = await self.posted(ledger_accounts.payouts_in_flight("base"))
-        assert in_flight == (0 if live is None else live.total.n * 1000)
+from marketplace.settlement.withdrawals import Status
+from tests.settlement_parts import NOW, Desk, Stop, run_out
 
 
 @pytest.fixture
@@ -206,13 +43,6 @@ async def desk(engine: AsyncEngine) -> AsyncIterator[Desk]:
     desk = Desk(engine)
     yield desk
     await desk.check()
-
-
-async def run_out(desk: Desk, settler: Settler, steps: int = 12) -> None:
-    for _ in range(steps):
-        await settler.tick()
-        desk.rail.mine()
-        desk.clock.pass_s(20)
 
 
 async def test_request_to_final(desk: Desk) -> None:
@@ -235,33 +65,6 @@ async def test_request_to_final(desk: Desk) -> None:
         (sent,) = await batches.stored_broadcasts(conn, batch_id)
     assert sent.final_tx == sent.tx
     assert sent.final_height is not None
-
-
-class Stop(Exception):
-    """The process dies here."""
-
-
-@pytest.mark.parametrize("point", ["stored", "sent", "recorded", "booked"])
-@pytest.mark.parametrize("answers_lost", [0, 1])
-async def test_a34_a_crash_at_any_point_pays_once(desk: Desk, point: str, answers_lost: int) -> None:
-    ann = await desk.operator(40)
-    made = await desk.request(ann, 40)
-    batch_id = await desk.approved()
-    desk.rail.answers_lost = answers_lost
-
-    def die(reached: str) -> None:
-        if reached == point:
-            raise Stop
-
-    first = desk.settler(die)
-    with pytest.raises(Stop):
-        await run_out(desk, first)
-    await desk.check()
-    await run_out(desk, desk.settler())
-    assert (await desk.batch(batch_id)).status is Payout.FINAL
-    assert desk.rail.balances == {desk.address_of(ann): 40_000_000}
-    assert len(set(desk.rail.sends)) == 1  # the same bytes, however often
-    assert (await desk.status(ann, made)).status is Status.PAID
 
 
 async def test_a_crash_in_every_step_still_pays_once(desk: Desk) -> None:
@@ -336,25 +139,6 @@ async def test_a_dead_envelope_is_replaced_around_the_same_payload(desk: Desk) -
     assert desk.rail.balances == {desk.address_of(ann): 40_000_000}
 
 
-async def test_a37_a_fence_spent_by_something_else_expires_the_batch(desk: Desk) -> None:
-    ann = await desk.operator(40)
-    made = await desk.request(ann, 40)
-    batch_id = await desk.approved()
-    settler = desk.settler()
-    await settler.tick()
-    desk.rail.spend_fence()
-    await run_out(desk, settler, 3)
-    assert (await desk.batch(batch_id)).status is Payout.EXPIRED
-    assert desk.rail.sends == []
-    assert await desk.posted(ledger_accounts.operator_earnings(str(ann))) == 40 * 10**9
-    await desk.check()
-    assert (await desk.status(ann, made)).status is Status.REQUESTED
-    again = await desk.approved()  # the request joins the next batch by itself
-    await run_out(desk, desk.settler())
-    assert (await desk.batch(again)).status is Payout.FINAL
-    assert desk.rail.balances == {desk.address_of(ann): 40_000_000}
-
-
 async def test_a_fence_spent_above_finality_does_not_expire(desk: Desk) -> None:
     desk.rail.is_final_at_once = False
     ann = await desk.operator(40)
@@ -383,47 +167,6 @@ async def test_executed_by_a_strangers_transaction_is_final(desk: Desk) -> None:
     async with transaction(desk.engine) as conn:
         (ours,) = await batches.stored_broadcasts(conn, batch_id)
     assert ours.final_tx == "0xstranger"
-
-
-async def test_a41_a_revert_that_leaves_the_fence_keeps_the_money_in_flight(desk: Desk) -> None:
-    ann = await desk.operator(40)
-    await desk.request(ann, 40)
-    batch_id = await desk.approved()
-    settler = desk.settler()
-    await settler.tick()
-    desk.rail.blocked.add(desk.address_of(ann))
-    await run_out(desk, settler, 4)
-    assert (await desk.batch(batch_id)).status is Payout.BROADCAST
-    assert await desk.posted(ledger_accounts.payouts_in_flight("base")) == 40 * 10**9
-    desk.rail.blocked.clear()  # now anybody could execute it, so do we
-    await run_out(desk, settler, 4)
-    assert (await desk.batch(batch_id)).status is Payout.FINAL
-
-
-@pytest.mark.parametrize("names_payees", [True, False])
-async def test_a41_blacklisted_recipient_is_split_off(desk: Desk, names_payees: bool) -> None:
-    desk.rail.names_payees = names_payees
-    operators = [await desk.operator(20 + n) for n in range(5)]
-    made = [await desk.request(person, None) for person in operators]
-    desk.rail.blocked.add(desk.address_of(operators[3]))
-    planned = await desk.plan()
-    assert planned.count == 4
-    assert [withdrawal for withdrawal, _ in planned.split_off] == [made[3].id]
-    refused = await desk.status(operators[3], made[3])
-    assert refused.status is Status.FAILED
-    assert refused.refusal
-    assert await desk.available(operators[3]) == 23 * 10**9
-
-
-async def test_a42_a_paused_token_plans_nothing_and_blames_nobody(desk: Desk) -> None:
-    people_paid = [await desk.operator(20), await desk.operator(30)]
-    made = [await desk.request(person, None) for person in people_paid]
-    desk.rail.is_paused = True
-    with pytest.raises(PlanRefused) as refused:
-        await desk.plan()
-    assert refused.value.code == "dry_run_failed"
-    for person, withdrawal in zip(people_paid, made, strict=True):
-        assert (await desk.status(person, withdrawal)).status is Status.REQUESTED
 
 
 async def test_one_live_batch_per_chain(desk: Desk) -> None:
@@ -547,28 +290,6 @@ async def test_an_unsigned_batch_expires_by_hand_only_when_the_fence_is_spent(de
     assert ended.status is Payout.EXPIRED
     assert ended.trouble == "expired by ada: looked at the Safe"
     assert (await desk.status(ann, made)).status is Status.REQUESTED
-
-
-async def test_a32_replayed_request_is_one_withdrawal(desk: Desk) -> None:
-    ann = await desk.operator(40)
-    first, again = await desk.request(ann, 15), await desk.request(ann, 15)
-    assert first.id == again.id
-    assert await desk.available(ann) == 25 * 10**9
-    with pytest.raises(KeyReused):
-        await desk.request(ann, 16)
-    at_once = await asyncio.gather(*(desk.request(ann, 12, "k2") for _ in range(4)))
-    assert len({made.id for made in at_once}) == 1
-
-
-async def test_a33_parallel_withdrawals_of_everything_one_wins(desk: Desk) -> None:
-    ann = await desk.operator(40)
-    outcomes = await asyncio.gather(
-        *(desk.request(ann, 40, f"key {n}") for n in range(6)), return_exceptions=True
-    )
-    won = [o for o in outcomes if isinstance(o, Withdrawal)]
-    lost = [o for o in outcomes if isinstance(o, NotEligible)]
-    assert (len(won), len(lost)) == (1, 5)
-    assert {refusal.code for refusal in lost} == {"earnings"}
 
 
 async def test_cancel_until_planned(desk: Desk) -> None:

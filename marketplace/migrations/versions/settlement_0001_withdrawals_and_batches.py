@@ -93,7 +93,8 @@ TABLES: Final = (
         chain           TEXT NOT NULL CHECK (chain IN {CHAINS}),
         address         TEXT NOT NULL CHECK (length(address) BETWEEN 32 AND 44),
         amount_micro    BIGINT NOT NULL CHECK (amount_micro > 0),
-        status          TEXT NOT NULL CHECK (status IN ('requested', 'planned', 'paid', 'failed', 'cancelled')),
+        status          TEXT NOT NULL CHECK (status IN
+                        ('requested', 'planned', 'paid', 'failed', 'cancelled')),
         idempotency_key TEXT NOT NULL CHECK (length(idempotency_key) BETWEEN 1 AND 200),
         input_hash      BYTEA NOT NULL CHECK (length(input_hash) = 32),
         hold_id         UUID,

@@ -1,0 +1,145 @@
+"""What the command line calls; plain arguments in, plain values out, nothing printed.
+
+`sign` is for a signer's own machine: no database, no network.  The rest works on the book.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from chain.networks import Chain
+from chain.payouts import Payout
+from chain.units import Micro
+from marketplace.platform.clock import Clock
+from marketplace.platform.database import transaction
+from marketplace.platform.settings import ChainsConfig, load_chains
+from marketplace.settlement import batches, halts, plan_requests, signing
+from marketplace.settlement.consents import consent_of
+from marketplace.settlement.errors import ExportRefused
+from marketplace.settlement.plan_requests import PlanRequest
+from marketplace.settlement.signing import ApprovalDocument, Expected, Review
+
+PASSPHRASE_VARIABLE: Final = "TOLLWAY_SIGNER_PASSPHRASE"  # noqa: S105 - its name, not its value
+PLAN_WAIT_S: Final = 60.0
+
+
+def read_passphrase(keystore: Path) -> str:
+    """The keystore's passphrase: TOLLWAY_SIGNER_PASSPHRASE, else asked for on the terminal."""
+    given = os.environ.get(PASSPHRASE_VARIABLE)
+    return given if given is not None else getpass.getpass(f"Passphrase of {keystore}: ")
+
+
+def create_keystore(chain: Chain, path: Path, passphrase: str) -> str:
+    """Make a signer's key for one chain's multisig and give its address; never overwrites a file."""
+    if chain is Chain.SOLANA:
+        from chain.solana import keystore as solana_keystore
+
+        return solana_keystore.create(path, passphrase)
+    from chain.evm import keystore as evm_keystore
+
+    return evm_keystore.create(path, passphrase)
+
+
+def sign(
+    export_file: Path,
+    keystore: Path,
+    *,
+    chains_file: Path,
+    passphrase: str | None = None,
+    limit: Micro | None = None,
+    recipients: frozenset[str] | None = None,
+    confirm: Callable[[Review], bool] = lambda _: True,
+    approval_file: Path | None = None,
+) -> tuple[ApprovalDocument, Path]:
+    """Check an export against these settings and sign it; writes the approval beside it unless told where.
+
+    `confirm` is shown what would be signed, rebuilt.  ExportRefused names what does not agree.
+    """
+    try:
+        with export_file.open("rb") as file:
+            raw = file.read(signing.DOCUMENT_BYTES_MAX + 1)
+    except OSError as e:
+        raise ExportRefused(f"{export_file} cannot be read: {e.strerror}") from e
+    export = signing.decode_export(raw)
+    document = signing.sign_export(
+        export,
+        consent_of(load_chains(chains_file), export.chain),
+        keystore=keystore,
+        passphrase=read_passphrase(keystore) if passphrase is None else passphrase,
+        expected=Expected(limit=limit, recipients=recipients),
+        confirm=confirm,
+    )
+    target = approval_file or export_file.with_name(f"{export.batch}.{document.signer}.approval.json")
+    target.write_bytes(signing.encode(document))
+    return document, target
+
+
+async def plan(
+    engine: AsyncEngine, clock: Clock, chain: Chain, *, asked_by: str, wait_s: float = PLAN_WAIT_S
+) -> PlanRequest:
+    """Ask the settler to plan a batch and wait for its answer; `done_at` None if it gave none in time."""
+    async with transaction(engine) as conn:
+        asked = await plan_requests.ask(conn, chain=chain, asked_by=asked_by, now=clock.now())
+    deadline = clock.monotonic() + wait_s
+    while asked.done_at is None and clock.monotonic() < deadline:
+        await asyncio.sleep(0.2)
+        async with transaction(engine) as conn:
+            asked = await plan_requests.find(conn, asked.id)
+    return asked
+
+
+async def show(
+    engine: AsyncEngine, batch_id: UUID
+) -> tuple[batches.Batch, list[batches.Member], list[str], list[batches.Broadcast]]:
+    """A batch, its payouts, who has approved it, and what was sent."""
+    async with transaction(engine) as conn:
+        return (
+            await batches.find_batch(conn, batch_id),
+            await batches.members(conn, batch_id),
+            [approval.signer for approval in await batches.stored_approvals(conn, batch_id)],
+            await batches.stored_broadcasts(conn, batch_id),
+        )
+
+
+async def listing(engine: AsyncEngine, chain: Chain | None = None) -> list[batches.Batch]:
+    """The newest batches."""
+    async with transaction(engine) as conn:
+        return await batches.listing(conn, chain=chain)
+
+
+async def export(engine: AsyncEngine, batch_id: UUID) -> bytes:
+    """The file signers need."""
+    async with transaction(engine) as conn:
+        return signing.encode(await signing.export_batch(conn, batch_id))
+
+
+async def approve(
+    engine: AsyncEngine, chains: ChainsConfig, clock: Clock, document: bytes, *, pushed_by: str
+) -> tuple[UUID, Payout]:
+    """Store a signer's approval; gives the batch and its status then."""
+    approval = signing.decode_approval(document)
+    async with transaction(engine) as conn:
+        status = await signing.store_approval(
+            conn, consent_of(chains, approval.chain), approval, pushed_by=pushed_by, now=clock.now()
+        )
+    return UUID(approval.batch), status
+
+
+async def halt(engine: AsyncEngine, clock: Clock, rail: str, *, actor: str, reason: str) -> None:
+    """Stop payouts on a chain, or on all (`payouts`)."""
+    async with transaction(engine) as conn:
+        await halts.halt(conn, rail=rail, actor=actor, reason=reason, now=clock.now())
+
+
+async def lift(engine: AsyncEngine, clock: Clock, rail: str, *, actor: str, reason: str) -> None:
+    """Let payouts run again."""
+    async with transaction(engine) as conn:
+        await halts.lift(conn, rail=rail, actor=actor, reason=reason, now=clock.now())

@@ -1,0 +1,682 @@
+"""Earnings, payout addresses and withdrawals of operators; batches, approvals and decisions of admins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal, Self
+from uuid import UUID
+
+from fastapi import APIRouter, Header, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from chain.addresses import ADDRESS_TEXT_MAX, parse_payout_address
+from chain.errors import BadAddress
+from chain.networks import Chain
+from chain.payouts import Payout
+from chain.units import Micro, parse_usdc
+from marketplace.ledger.errors import InsufficientFunds
+from marketplace.ledger.money import dollars
+from marketplace.platform.database import transaction
+from marketplace.platform.http import AccountIdentity, AdminIdentity, Identity, Refusal, Services, ServicesDep
+from marketplace.settlement import (
+    address_book,
+    batches,
+    earnings,
+    halts,
+    people,
+    plan_requests,
+    signing,
+    withdrawals,
+)
+from marketplace.settlement.consents import consent_of
+from marketplace.settlement.errors import (
+    ApprovalRefused,
+    KeyReused,
+    NotEligible,
+    NotFound,
+    PlanRefused,
+    SettlementRefusal,
+    WrongState,
+)
+
+router = APIRouter(prefix="/api")
+
+_AMOUNT: Final = re.compile(r"\d{1,12}(\.\d{1,6})?", re.ASCII)
+"""No exponents, no signs: what cannot be large needs no further limit."""
+
+_ANSWERS: Final[dict[type[SettlementRefusal], int]] = {
+    NotEligible: 422,
+    KeyReused: 409,
+    NotFound: 404,
+    WrongState: 409,
+    PlanRefused: 409,
+    ApprovalRefused: 400,
+}
+
+
+class ErrorDetail(BaseModel):
+    """Why a request was declined."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every refusal's body."""
+
+    error: ErrorDetail
+
+
+def _errors(**reasons: str) -> dict[int | str, dict[str, Any]]:
+    """Document refusals: `s404="no such batch"`."""
+    always = {"s401": "no valid credential", "s403": "the credential lacks the scope"}
+    return {
+        int(status[1:]): {"model": ErrorBody, "description": why}
+        for status, why in {**always, **reasons}.items()
+    }
+
+
+@asynccontextmanager
+async def _work(services: Services) -> AsyncIterator[AsyncConnection]:
+    """One transaction, with every refusal answered."""
+    try:
+        async with transaction(services.engine) as conn:
+            yield conn
+    except SettlementRefusal as e:
+        raise Refusal(_ANSWERS.get(type(e), 400), e.code, str(e)) from e
+    except BadAddress as e:
+        raise Refusal(400, "bad_address", str(e), param="address") from e
+    except InsufficientFunds as e:
+        raise Refusal(422, "earnings", str(e)) from e
+
+
+def _actor(identity: Identity) -> str:
+    return f"person:{identity.person_id}"
+
+
+Reason = Annotated[str, Field(min_length=1, max_length=people.REASON_CHARACTERS_MAX)]
+AddressText = Annotated[str, Field(min_length=1, max_length=ADDRESS_TEXT_MAX)]
+
+
+# ── an operator's own ─────────────────────────────────────────────────────────────────────────────────
+
+
+class EarningsBody(BaseModel):
+    """What an operator has earned; decimal dollars, and exact nano-dollars as integer strings."""
+
+    posted: str = Field(description="everything earned and not yet paid or in a batch")
+    posted_nano: str
+    held: str = Field(description="set aside for withdrawals that wait to be planned")
+    held_nano: str
+    maturing: str = Field(description="earned within the reserve time; cannot be withdrawn yet")
+    maturing_nano: str
+    matured: str = Field(description="can be withdrawn now")
+    matured_nano: str
+    reserve_s: int
+
+
+class PayoutAddressBody(BaseModel):
+    """One entry of the address book."""
+
+    id: UUID
+    chain: Chain
+    address: str
+    created_at: datetime
+    usable_at: datetime = Field(description="end of the cooling time; withdrawals before are refused")
+    retired_at: datetime | None
+
+    @classmethod
+    def of(cls, entry: address_book.PayoutAddress) -> Self:
+        return cls(
+            id=entry.id,
+            chain=entry.chain,
+            address=entry.address,
+            created_at=entry.created_at,
+            usable_at=entry.usable_at,
+            retired_at=entry.retired_at,
+        )
+
+
+class PayoutAddresses(BaseModel):
+    """The address book."""
+
+    data: list[PayoutAddressBody]
+
+
+class NewPayoutAddress(BaseModel):
+    """An address to add."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    chain: Chain
+    address: AddressText = Field(description="a wallet's address; EVM checksums are checked")
+
+
+class NewWithdrawal(BaseModel):
+    """A request to be paid."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    chain: Chain
+    address: AddressText = Field(description="an address of your address book, past its cooling time")
+    amount: Annotated[str, Field(min_length=1, max_length=24, examples=["25.00", "all"])] = Field(
+        description='decimal USDC with at most 6 decimals, or "all": everything matured'
+    )
+
+
+class WithdrawalBody(BaseModel):
+    """One withdrawal, from request to transaction."""
+
+    id: UUID
+    chain: Chain
+    address: str
+    amount: str = Field(description="decimal USDC")
+    amount_micro: int
+    status: withdrawals.Status
+    created_at: datetime
+    changed_at: datetime
+    batch_id: UUID | None
+    tx: str | None = Field(description="the transaction that paid it, once final")
+    refusal: str | None = Field(description="why it failed")
+
+    @classmethod
+    def of(cls, made: withdrawals.Withdrawal, tx: str | None = None) -> Self:
+        return cls(
+            id=made.id,
+            chain=made.chain,
+            address=made.address,
+            amount=str(made.amount),
+            amount_micro=made.amount.n,
+            status=made.status,
+            created_at=made.created_at,
+            changed_at=made.changed_at,
+            batch_id=made.batch_id,
+            tx=tx,
+            refusal=made.refusal,
+        )
+
+
+class Withdrawals(BaseModel):
+    """A page of withdrawals, newest first."""
+
+    data: list[WithdrawalBody]
+    has_more: bool = Field(description="ask again with `before` = the last id")
+
+
+@router.get("/earnings", responses=_errors(), tags=["operators"])
+async def get_earnings(services: ServicesDep, identity: AccountIdentity) -> EarningsBody:
+    """What you have earned, what is maturing, and what you can withdraw now."""
+    reserve_s = services.settings.reserve_s
+    async with _work(services) as conn:
+        found = await earnings.read_earnings(
+            conn, identity.person_id, now=services.clock.now(), reserve_s=reserve_s
+        )
+    parts = {"posted": found.posted, "held": found.held, "maturing": found.maturing, "matured": found.matured}
+    fields = {name: dollars(amount) for name, amount in parts.items()}
+    fields |= {f"{name}_nano": str(amount.n) for name, amount in parts.items()}
+    return EarningsBody(**fields, reserve_s=reserve_s)
+
+
+@router.get("/payout-addresses", responses=_errors(), tags=["operators"])
+async def list_payout_addresses(services: ServicesDep, identity: AccountIdentity) -> PayoutAddresses:
+    """Your address book, retired entries included."""
+    async with _work(services) as conn:
+        entries = await address_book.listing(conn, identity.person_id)
+    return PayoutAddresses(data=[PayoutAddressBody.of(entry) for entry in entries])
+
+
+@router.post(
+    "/payout-addresses",
+    status_code=201,
+    responses=_errors(s400="not a payable address", s409="too many addresses"),
+    tags=["operators"],
+)
+async def add_payout_address(
+    services: ServicesDep, identity: AccountIdentity, body: NewPayoutAddress, response: Response
+) -> PayoutAddressBody:
+    """Add an address; it can be used after the cooling time.  200 if you have it already."""
+    async with _work(services) as conn:
+        entry, is_new = await address_book.add(
+            conn,
+            person=identity.person_id,
+            chain=body.chain,
+            text=body.address,
+            forbidden=address_book.ours(services.chains),
+            cooling_s=services.settings.cooling_s,
+            now=services.clock.now(),
+        )
+    response.status_code = 201 if is_new else 200
+    return PayoutAddressBody.of(entry)
+
+
+@router.delete(
+    "/payout-addresses/{address_id}",
+    status_code=204,
+    responses=_errors(s404="no such address in use"),
+    tags=["operators"],
+)
+async def retire_payout_address(services: ServicesDep, identity: AccountIdentity, address_id: UUID) -> None:
+    """Retire an address.  Withdrawals already requested keep the address they were given."""
+    async with _work(services) as conn:
+        await address_book.retire(
+            conn, person=identity.person_id, address_id=address_id, now=services.clock.now()
+        )
+
+
+@router.get("/withdrawals", responses=_errors(), tags=["operators"])
+async def list_withdrawals(
+    services: ServicesDep,
+    identity: AccountIdentity,
+    before: Annotated[UUID | None, Query(description="only those older than this one")] = None,
+    limit: Annotated[int, Query(ge=1, le=withdrawals.PAGE_MAX)] = 50,
+) -> Withdrawals:
+    """Your withdrawals, newest first."""
+    async with _work(services) as conn:
+        found = await withdrawals.listing(conn, identity.person_id, before=before, limit=limit)
+        paid = await batches.final_transactions(conn, {w.batch_id for w in found if w.batch_id is not None})
+    data = [WithdrawalBody.of(w, paid.get(w.batch_id) if w.batch_id else None) for w in found]
+    return Withdrawals(data=data, has_more=len(found) == limit)
+
+
+@router.post(
+    "/withdrawals",
+    status_code=201,
+    responses=_errors(
+        s400="not an amount or address",
+        s409="the Idempotency-Key was used with other inputs",
+        s422="a rule is not met; the code names it and the message says how to meet it",
+    ),
+    tags=["operators"],
+)
+async def request_withdrawal(
+    services: ServicesDep,
+    identity: AccountIdentity,
+    body: NewWithdrawal,
+    response: Response,
+    idempotency_key: Annotated[
+        str,
+        Header(
+            min_length=1, max_length=withdrawals.KEY_CHARACTERS_MAX, description="your own, once per request"
+        ),
+    ],
+) -> WithdrawalBody:
+    """Request a payout.  The same Idempotency-Key gives the same withdrawal (200)."""
+    amount = _amount(body.amount)
+    async with _work(services) as conn:
+        made, is_new = await withdrawals.request(
+            conn,
+            person=identity.person_id,
+            chain=body.chain,
+            address=parse_payout_address(body.chain, body.address, address_book.ours(services.chains)),
+            amount=amount,
+            key=idempotency_key,
+            limits=withdrawals.Limits.of(services.settings),
+            now=services.clock.now(),
+        )
+    response.status_code = 201 if is_new else 200
+    return WithdrawalBody.of(made)
+
+
+@router.get("/withdrawals/{withdrawal_id}", responses=_errors(s404="no such withdrawal"), tags=["operators"])
+async def get_withdrawal(
+    services: ServicesDep, identity: AccountIdentity, withdrawal_id: UUID
+) -> WithdrawalBody:
+    """One withdrawal of yours."""
+    async with _work(services) as conn:
+        found = await withdrawals.find(conn, person=identity.person_id, withdrawal_id=withdrawal_id)
+        paid = await batches.final_transactions(conn, [found.batch_id] if found.batch_id else [])
+    return WithdrawalBody.of(found, paid.get(found.batch_id) if found.batch_id else None)
+
+
+@router.delete(
+    "/withdrawals/{withdrawal_id}",
+    responses=_errors(s404="no such withdrawal", s409="it is planned already"),
+    tags=["operators"],
+)
+async def cancel_withdrawal(
+    services: ServicesDep, identity: AccountIdentity, withdrawal_id: UUID
+) -> WithdrawalBody:
+    """Cancel a withdrawal that is not planned yet; the money is earnings again."""
+    async with _work(services) as conn:
+        gone = await withdrawals.cancel(
+            conn, person=identity.person_id, withdrawal_id=withdrawal_id, now=services.clock.now()
+        )
+    return WithdrawalBody.of(gone)
+
+
+def _amount(text: str) -> Micro | None:
+    given = text.strip()
+    if given.lower() == "all":
+        return None
+    if not _AMOUNT.fullmatch(given):
+        message = 'amount is a decimal number of USDC with at most 6 decimals, such as "25.00", or "all"'
+        raise Refusal(400, "bad_amount", message, param="amount")
+    return parse_usdc(given)
+
+
+# ── admins ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PlanBody(BaseModel):
+    """Which chain to plan."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    chain: Chain
+
+
+class PlanRequestBody(BaseModel):
+    """A request to plan, which the settler answers."""
+
+    id: UUID
+    chain: Chain
+    asked_at: datetime
+    done_at: datetime | None = Field(description="null while the settler has not answered")
+    batch_id: UUID | None
+    code: str | None = Field(description="`planned`, or why not")
+    outcome: str | None
+
+    @classmethod
+    def of(cls, asked: plan_requests.PlanRequest) -> Self:
+        return cls(
+            id=asked.id,
+            chain=asked.chain,
+            asked_at=asked.asked_at,
+            done_at=asked.done_at,
+            batch_id=asked.batch_id,
+            code=asked.code,
+            outcome=asked.outcome,
+        )
+
+
+class BatchBody(BaseModel):
+    """One settlement batch."""
+
+    id: UUID
+    chain: Chain
+    status: Payout
+    digest: str
+    merkle_root: str
+    escrow: str
+    fence: str
+    total: str
+    total_micro: int
+    count: int
+    threshold: int
+    planned_by: str
+    planned_at: datetime
+    changed_at: datetime
+    trouble: str
+
+    @classmethod
+    def of(cls, batch: batches.Batch) -> Self:
+        return cls(
+            id=batch.id,
+            chain=batch.chain,
+            status=batch.status,
+            digest=batch.digest.hex(),
+            merkle_root=batch.merkle_root.hex(),
+            escrow=batch.escrow,
+            fence=batch.fence,
+            total=str(batch.total),
+            total_micro=batch.total.n,
+            count=batch.count,
+            threshold=batch.threshold,
+            planned_by=batch.planned_by,
+            planned_at=batch.planned_at,
+            changed_at=batch.changed_at,
+            trouble=batch.trouble,
+        )
+
+
+class PayoutBody(BaseModel):
+    """One payout of a batch."""
+
+    id: UUID
+    position: int
+    withdrawal_id: UUID
+    person_id: UUID
+    address: str
+    amount_micro: int
+
+
+class BroadcastBody(BaseModel):
+    """One transaction around a batch."""
+
+    attempt: int
+    tx: str
+    stored_at: datetime
+    first_sent_at: datetime | None
+    last_sent_at: datetime | None
+    final_tx: str | None
+    final_height: int | None
+
+
+class BatchDetail(BatchBody):
+    """A batch with everything about it."""
+
+    payouts: list[PayoutBody]
+    approved_by: list[str]
+    broadcasts: list[BroadcastBody]
+
+
+class Batches(BaseModel):
+    """A page of batches, newest first."""
+
+    data: list[BatchBody]
+    has_more: bool
+
+
+class ApprovalBody(BaseModel):
+    """What `tollway sign` writes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["tollway-batch-approval-1"]
+    batch: UUID
+    chain: Chain
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    signer: Annotated[str, Field(min_length=32, max_length=44)]
+    signatures: Annotated[
+        dict[Annotated[str, Field(max_length=200)], Annotated[str, Field(max_length=400)]],
+        Field(min_length=1, max_length=100),
+    ] = Field(description="hex, by message label")
+
+
+class KycBody(BaseModel):
+    """The outcome of an identity check."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    is_verified: bool = True
+    reason: Reason
+
+
+class StandingBody(BaseModel):
+    """A decision about an operator's standing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    is_good: bool
+    reason: Reason
+
+
+class HaltBody(BaseModel):
+    """Why payouts stop, or run again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: Reason
+
+
+Rail = Literal["payouts", "ethereum", "base", "solana"]
+
+
+@router.post("/batches/plan", status_code=202, responses=_errors(), tags=["settlement"])
+async def ask_for_plan(services: ServicesDep, identity: AdminIdentity, body: PlanBody) -> PlanRequestBody:
+    """Ask the settler to plan a batch; it answers within seconds (GET /api/batches/plans/{id})."""
+    async with _work(services) as conn:
+        asked = await plan_requests.ask(
+            conn, chain=body.chain, asked_by=_actor(identity), now=services.clock.now()
+        )
+    return PlanRequestBody.of(asked)
+
+
+@router.get("/batches/plans/{plan_id}", responses=_errors(s404="no such request"), tags=["settlement"])
+async def get_plan(services: ServicesDep, identity: AdminIdentity, plan_id: UUID) -> PlanRequestBody:
+    """What came of a request to plan."""
+    del identity
+    async with _work(services) as conn:
+        return PlanRequestBody.of(await plan_requests.find(conn, plan_id))
+
+
+@router.get("/batches", responses=_errors(), tags=["settlement"])
+async def list_batches(
+    services: ServicesDep,
+    identity: AdminIdentity,
+    chain: Chain | None = None,
+    before: Annotated[UUID | None, Query(description="only those older than this one")] = None,
+    limit: Annotated[int, Query(ge=1, le=batches.PAGE_MAX)] = 50,
+) -> Batches:
+    """Batches, newest first."""
+    del identity
+    async with _work(services) as conn:
+        found = await batches.listing(conn, chain=chain, before=before, limit=limit)
+    return Batches(data=[BatchBody.of(batch) for batch in found], has_more=len(found) == limit)
+
+
+@router.get("/batches/{batch_id}", responses=_errors(s404="no such batch"), tags=["settlement"])
+async def get_batch(services: ServicesDep, identity: AdminIdentity, batch_id: UUID) -> BatchDetail:
+    """A batch with its payouts, approvals and transactions."""
+    del identity
+    async with _work(services) as conn:
+        batch = await batches.find_batch(conn, batch_id)
+        joined = await batches.members(conn, batch_id)
+        approved = await batches.stored_approvals(conn, batch_id)
+        sent = await batches.stored_broadcasts(conn, batch_id)
+    return BatchDetail(
+        **BatchBody.of(batch).model_dump(),
+        payouts=[
+            PayoutBody(
+                id=m.payout_id,
+                position=m.position,
+                withdrawal_id=m.withdrawal_id,
+                person_id=m.person_id,
+                address=m.address,
+                amount_micro=m.amount.n,
+            )
+            for m in joined
+        ],
+        approved_by=[approval.signer for approval in approved],
+        broadcasts=[
+            BroadcastBody(
+                attempt=b.attempt,
+                tx=b.tx,
+                stored_at=b.stored_at,
+                first_sent_at=b.first_sent_at,
+                last_sent_at=b.last_sent_at,
+                final_tx=b.final_tx,
+                final_height=b.final_height,
+            )
+            for b in sent
+        ],
+    )
+
+
+@router.get(
+    "/batches/{batch_id}/export",
+    responses={**_errors(s404="no such batch"), 200: {"content": {"application/json": {}}}},
+    response_class=Response,
+    tags=["settlement"],
+)
+async def export_batch(services: ServicesDep, identity: AdminIdentity, batch_id: UUID) -> Response:
+    """The file for signers' machines (`tollway sign`)."""
+    del identity
+    async with _work(services) as conn:
+        document = await signing.export_batch(conn, batch_id)
+    return Response(signing.encode(document), media_type="application/json")
+
+
+@router.post(
+    "/batches/{batch_id}/approvals",
+    responses=_errors(
+        s400="not over this batch, or not a signer's", s404="no such batch", s409="the batch takes no more"
+    ),
+    tags=["settlement"],
+)
+async def push_approval(
+    services: ServicesDep, identity: AdminIdentity, batch_id: UUID, body: ApprovalBody
+) -> BatchBody:
+    """Store a signer's approval.  Whoever pushes it, the signature says whose it is."""
+    document = signing.ApprovalDocument(
+        body.format, str(body.batch), body.chain, body.digest, body.signer, dict(body.signatures)
+    )
+    if body.batch != batch_id:
+        raise Refusal(400, ApprovalRefused.code, "the approval is over another batch", param="batch")
+    async with _work(services) as conn:
+        await signing.store_approval(
+            conn,
+            consent_of(services.chains, body.chain),
+            document,
+            pushed_by=_actor(identity),
+            now=services.clock.now(),
+        )
+        return BatchBody.of(await batches.find_batch(conn, batch_id))
+
+
+@router.post("/kyc/{person}", status_code=204, responses=_errors(s404="no such person"), tags=["settlement"])
+async def decide_kyc(services: ServicesDep, identity: AdminIdentity, person: UUID, body: KycBody) -> None:
+    """Record the outcome of an identity check."""
+    async with _work(services) as conn:
+        await people.set_kyc(
+            conn,
+            person=person,
+            is_verified=body.is_verified,
+            reason=body.reason,
+            actor=_actor(identity),
+            now=services.clock.now(),
+        )
+
+
+@router.post(
+    "/standing/{person}", status_code=204, responses=_errors(s404="no such person"), tags=["settlement"]
+)
+async def decide_standing(
+    services: ServicesDep, identity: AdminIdentity, person: UUID, body: StandingBody
+) -> None:
+    """Record a decision about an operator's standing."""
+    async with _work(services) as conn:
+        await people.set_standing(
+            conn,
+            person=person,
+            is_good=body.is_good,
+            reason=body.reason,
+            actor=_actor(identity),
+            now=services.clock.now(),
+        )
+
+
+@router.post("/payout-halts/{rail}", status_code=204, responses=_errors(), tags=["settlement"])
+async def halt_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rail, body: HaltBody) -> None:
+    """Stop payouts on a chain, or on all (`payouts`): no planning, signing or sending."""
+    async with _work(services) as conn:
+        await halts.halt(
+            conn, rail=rail, actor=_actor(identity), reason=body.reason, now=services.clock.now()
+        )
+
+
+@router.post(
+    "/payout-halts/{rail}/lift", status_code=204, responses=_errors(s404="not halted"), tags=["settlement"]
+)
+async def lift_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rail, body: HaltBody) -> None:
+    """Let payouts run again."""
+    async with _work(services) as conn:
+        await halts.lift(
+            conn, rail=rail, actor=_actor(identity), reason=body.reason, now=services.clock.now()
+        )

@@ -1,0 +1,326 @@
+"""Request, plan, two of three sign from separate keystores, FINAL: on a real Safe and a real SPL multisig."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from chain.evm import keystore as evm_keystore
+from chain.evm.reader import EvmReader
+from chain.evm.rpc import JsonRpc
+from chain.localnet import evm as anvil
+from chain.localnet import settings as localnet_settings
+from chain.localnet import solana as solana_vm
+from chain.localnet.solana_vm.server import serving
+from chain.localnet.solana_wallet import SolanaWallet
+from chain.networks import BASE, ETHEREUM, SOLANA, Chain
+from chain.payouts import Payout
+from chain.solana import keystore as solana_keystore
+from chain.solana.reader import SolanaReader
+from chain.solana.rpc import SolanaRpc
+from chain.units import Micro
+from marketplace.ledger import accounts as ledger_accounts
+from marketplace.platform.clock import SystemClock
+from marketplace.platform.database import transaction
+from marketplace.platform.settings import ChainsConfig, EvmChainConfig, SolanaChainConfig
+from marketplace.settlement import address_book, batches, commands, service, withdrawals
+from marketplace.settlement.errors import ApprovalRefused, ExportRefused
+from marketplace.settlement.rails import EVM_GAS_KEY, SOLANA_GAS_KEY
+from marketplace.settlement.service import Schedule
+from marketplace.settlement.withdrawals import Status
+from tests.settlement_parts import LIMITS, a_person, earn, posted
+
+pytestmark = pytest.mark.chains
+
+PASSPHRASE = "correct horse battery"
+UNUSED_EVM = EvmChainConfig(
+    rpc=(),
+    chain_id=1,
+    usdc=ETHEREUM.usdc,
+    escrow="0x" + "22" * 20,
+    forwarder_factory="0x" + "33" * 20,
+    multi_send="0x" + "44" * 20,
+    signers=("0x" + "55" * 20,),
+    threshold=1,
+)
+UNUSED_SOLANA = SolanaChainConfig(
+    rpc=(),
+    usdc_mint=SOLANA.usdc_mint,
+    multisig="multisig",
+    escrow="escrow",
+    nonce_account="nonce",
+    gas_payer="gas",
+    signers=("one",),
+    threshold=1,
+)
+
+
+@dataclass
+class Rig:
+    """One chain with an escrow that holds USDC, three signers' keystores, and the settler's folder."""
+
+    chain: Chain
+    chains: ChainsConfig
+    folder: Path
+    keystores: list[Path]
+    wallet: str
+    """Where the operator wants to be paid."""
+    usdc_of: Callable[[str], Awaitable[int]]
+    hurry: Callable[[], Awaitable[None]]
+    """Bring finality nearer."""
+
+    @property
+    def chains_file(self) -> Path:
+        return self.folder / "chains.json"
+
+    @property
+    def signers(self) -> tuple[str, ...]:
+        return self.chains.base.signers if self.chain is Chain.BASE else self.chains.solana.signers
+
+    @property
+    def escrow(self) -> str:
+        return self.chains.base.escrow if self.chain is Chain.BASE else self.chains.solana.escrow
+
+
+@asynccontextmanager
+async def a_base_rig(folder: Path, escrow_micro: int) -> AsyncIterator[Rig]:
+    settings = localnet_settings.read().base
+    stores = [folder / f"signer-{n}.json" for n in range(3)]
+    owners = [evm_keystore.create(path, PASSPHRASE, scrypt_n=2) for path in stores]
+    gas = anvil.development_key(folder / EVM_GAS_KEY)
+    async with await anvil.Anvil.start(BASE, settings, folder) as node, JsonRpc(node.url) as rpc:
+        placed = await anvil.deploy(rpc, BASE, settings, owners)
+        await anvil.fund(rpc, BASE, anvil.address_of(gas), eth_wei=10**18)
+        await anvil.fund(rpc, BASE, placed.safe, usdc=Micro(escrow_micro))
+        config = EvmChainConfig(
+            rpc=(node.url,),
+            chain_id=BASE.chain_id,
+            usdc=placed.usdc,
+            escrow=placed.safe,
+            forwarder_factory=placed.forwarder_factory,
+            multi_send=placed.multi_send_call_only,
+            signers=placed.owners,
+            threshold=placed.threshold,
+        )
+        reader = EvmReader(BASE, rpc)
+
+        async def usdc_of(address: str) -> int:
+            return (await reader.usdc_balance(address)).n
+
+        async def hurry() -> None:
+            await anvil.mine(rpc, settings.finality_lag_blocks)
+
+        yield Rig(
+            Chain.BASE,
+            ChainsConfig(ethereum=UNUSED_EVM, base=config, solana=UNUSED_SOLANA),
+            folder,
+            stores,
+            anvil.address_of(bytes([9]) * 32),
+            usdc_of,
+            hurry,
+        )
+
+
+@asynccontextmanager
+async def a_solana_rig(folder: Path, escrow_micro: int) -> AsyncIterator[Rig]:
+    stores = [folder / f"signer-{n}.json" for n in range(3)]
+    signers = [solana_keystore.create(path, PASSPHRASE, scrypt_n=2) for path in stores]
+    seed = anvil.development_key(folder / SOLANA_GAS_KEY)
+    gas = str(solana_keystore.from_seed(seed).pubkey())
+    options = {"slot_ms": 10, "finalized_after": 8, "empty_every": 3}
+    async with (
+        serving(folder / "vm", port=0, clock=lambda: int(time.time()), **options) as (port, _),
+        SolanaRpc(f"http://127.0.0.1:{port}") as rpc,
+    ):
+        placed = await solana_vm.deploy(rpc, signers=signers, gas_payer=gas)
+        await solana_vm.fund(rpc, placed.multisig, usdc=Micro(escrow_micro))
+        config = SolanaChainConfig(
+            rpc=(rpc.url,),
+            usdc_mint=placed.usdc_mint,
+            multisig=placed.multisig,
+            escrow=placed.escrow,
+            nonce_account=placed.nonce_account,
+            gas_payer=placed.gas_payer,
+            signers=placed.signers,
+            threshold=placed.threshold,
+        )
+        wallet, reader = SolanaWallet(rpc), SolanaReader(rpc)
+
+        async def usdc_of(address: str) -> int:
+            account = wallet.token_account if address == wallet.address else address
+            return (await reader.usdc_balance(account)).n
+
+        async def hurry() -> None:
+            await asyncio.sleep(0)
+
+        yield Rig(
+            Chain.SOLANA,
+            ChainsConfig(ethereum=UNUSED_EVM, base=UNUSED_EVM, solana=config),
+            folder,
+            stores,
+            wallet.address,
+            usdc_of,
+            hurry,
+        )
+
+
+@pytest.fixture(params=[a_base_rig, a_solana_rig], ids=["base", "solana"])
+async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Rig]:
+    (tmp_path / "vm").mkdir()
+    async with request.param(tmp_path, 100_000_000) as made:
+        made.chains_file.write_text(made.chains.model_dump_json())
+        yield made
+
+
+async def requested(engine: AsyncEngine, rig: Rig, micro: int) -> withdrawals.Withdrawal:
+    person, clock = await a_person(engine), SystemClock()
+    await earn(engine, person, 100, rig.chain)
+    async with transaction(engine) as conn:
+        entry, _ = await address_book.add(
+            conn,
+            person=person,
+            chain=rig.chain,
+            text=rig.wallet,
+            forbidden=address_book.ours(rig.chains),
+            cooling_s=0,
+            now=clock.now(),
+        )
+        made, _ = await withdrawals.request(
+            conn,
+            person=person,
+            chain=rig.chain,
+            address=entry.address,
+            amount=Micro(micro),
+            key="one",
+            limits=LIMITS,
+            now=clock.now(),
+        )
+    return made
+
+
+@asynccontextmanager
+async def settling(engine: AsyncEngine, rig: Rig) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    running = asyncio.create_task(
+        service.settle(
+            engine,
+            rig.chains,
+            SystemClock(),
+            stop,
+            settler_dir=rig.folder,
+            which=[rig.chain],
+            schedule=Schedule(tick_s=0.05, standby_s=0.1),
+        )
+    )
+    try:
+        yield
+    finally:
+        stop.set()
+        await running
+
+
+async def until_over(engine: AsyncEngine, rig: Rig, batch_id: UUID) -> batches.Batch:
+    for _ in range(300):
+        batch, *_ = await commands.show(engine, batch_id)
+        if batch.status not in (Payout.PLANNED, Payout.APPROVED, Payout.SIGNED, Payout.BROADCAST):
+            return batch
+        await rig.hurry()
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"still {batch.status}: {batch.trouble}")
+
+
+async def test_an_operator_is_paid_by_two_of_three(engine: AsyncEngine, rig: Rig) -> None:
+    clock = SystemClock()
+    made = await requested(engine, rig, 33_000_000)
+    async with settling(engine, rig), settling(engine, rig):  # a second settler stands by
+        asked = await commands.plan(engine, clock, rig.chain, asked_by="ada", wait_s=20)
+        assert asked.code == "planned", asked.outcome
+        assert asked.batch_id is not None
+        export_file = rig.folder / "export.json"
+        export_file.write_bytes(await commands.export(engine, asked.batch_id))
+        seen: list[Micro] = []
+        for keystore in (rig.keystores[2], rig.keystores[0]):
+            _, approval = commands.sign(
+                export_file,
+                keystore,
+                chains_file=rig.chains_file,
+                passphrase=PASSPHRASE,
+                limit=Micro(33_000_000),
+                recipients=frozenset({rig.wallet}),
+                confirm=lambda review: seen.append(review.total) or True,
+            )
+            raw = approval.read_bytes()
+            _, status = await commands.approve(engine, rig.chains, clock, raw, pushed_by="ada")
+        assert seen == [Micro(33_000_000)] * 2
+        assert status is Payout.APPROVED
+        batch = await until_over(engine, rig, asked.batch_id)
+    assert batch.status is Payout.FINAL
+    assert await rig.usdc_of(rig.wallet) == 33_000_000
+    assert await rig.usdc_of(rig.escrow) == 67_000_000
+    assert await posted(engine, ledger_accounts.escrow(rig.chain.value)) == -67_000_000 * 1000
+    assert await posted(engine, ledger_accounts.payouts_in_flight(rig.chain.value)) == 0
+    async with transaction(engine) as conn:
+        paid = await withdrawals.find(conn, person=made.person_id, withdrawal_id=made.id)
+        assert asked.batch_id in await batches.final_transactions(conn, [asked.batch_id])
+    assert paid.status is Status.PAID
+
+
+async def test_a_signer_refuses_what_his_own_settings_do_not_say(engine: AsyncEngine, rig: Rig) -> None:
+    clock = SystemClock()
+    await requested(engine, rig, 20_000_000)
+    async with settling(engine, rig):
+        asked = await commands.plan(engine, clock, rig.chain, asked_by="ada", wait_s=20)
+    assert asked.batch_id is not None
+    good = await commands.export(engine, asked.batch_id)
+    other = "0x" + "77" * 20 if rig.chain is Chain.BASE else "4Nd1mYzVZ1cVqQz3zZJd5iHkVvJbQKq5Z5yq4n1JtKzA"
+    tampered = {
+        "recipient": good.replace(rig.wallet.encode(), other.encode()),
+        "amount": good.replace(b"20000000,", b"20000001,"),
+        "fence": good.replace(b'"fence": "', b'"fence": "1'),
+        "context": good.replace(b'"context": {', b'"context": {"extra": "1",'),
+        "escrow in context": good.replace(rig.escrow.encode(), other.encode()),
+        "not json": good[:-10],
+    }
+    for name, raw in tampered.items():
+        assert raw != good, name
+        file = rig.folder / "tampered.json"
+        file.write_bytes(raw)
+        if name == "context" and rig.chain is Chain.SOLANA:
+            continue  # notes in the context are not signed there; the terms are (`consents`)
+        with pytest.raises(ExportRefused):
+            commands.sign(file, rig.keystores[0], chains_file=rig.chains_file, passphrase=PASSPHRASE)
+    file = rig.folder / "good.json"
+    file.write_bytes(good)
+    for expectation in ({"limit": Micro(19_999_999)}, {"recipients": frozenset({other})}):
+        with pytest.raises(ExportRefused):
+            commands.sign(
+                file, rig.keystores[0], chains_file=rig.chains_file, passphrase=PASSPHRASE, **expectation
+            )
+    with pytest.raises(ExportRefused, match="declined"):
+        commands.sign(
+            file,
+            rig.keystores[0],
+            chains_file=rig.chains_file,
+            passphrase=PASSPHRASE,
+            confirm=lambda _: False,
+        )
+    stranger = rig.folder / "stranger.json"
+    module = evm_keystore if rig.chain is Chain.BASE else solana_keystore
+    module.create(stranger, PASSPHRASE, scrypt_n=2)
+    with pytest.raises(ExportRefused, match="not a signer"):
+        commands.sign(file, stranger, chains_file=rig.chains_file, passphrase=PASSPHRASE)
+    document, approval = commands.sign(
+        file, rig.keystores[0], chains_file=rig.chains_file, passphrase=PASSPHRASE
+    )
+    other_signer = next(signer for signer in rig.signers if signer != document.signer)
+    forged = approval.read_bytes().replace(document.signer.encode(), other_signer.encode())
+    with pytest.raises(ApprovalRefused):
+        await commands.approve(engine, rig.chains, clock, forged, pushed_by="eve")
