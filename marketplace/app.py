@@ -21,7 +21,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from marketplace import accounts, catalog, deposits, fabric, gateway, settlement  # noqa: F401 - the parts
 from marketplace.accounts.authenticate import AccountAuthenticator
 from marketplace.accounts.key_ring import KeyRing
 from marketplace.accounts.routes import router as accounts_router
@@ -73,7 +72,9 @@ class Gateway:
         self.settings = settings
         self.clock = SystemClock()
         self.engine: AsyncEngine = database.connect(settings.database_url.get_secret_value(), pool_size=20)
-        self.keys = KeyRing(self.engine, settings.secret, self.clock)
+        # A pool of its own: a busy one must not make the keys stale.
+        self.keys_engine = database.connect(settings.database_url.get_secret_value(), pool_size=2)
+        self.keys = KeyRing(self.keys_engine, settings.secret, self.clock)
         self.shelf: Shelf[TokenCounter] = Shelf(self.engine, _counter_of)
         self.fabric = FabricService(settings, self.engine, PriceBook(self.engine))
         self.keeper = LeaseKeeper(self.engine, worker=f"gateway-{uuid7()}")
@@ -166,6 +167,7 @@ class Gateway:
         """Start every service in order; stop them in reverse."""
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.dispose)
+            stack.push_async_callback(self.keys_engine.dispose)
             await self.keys.start()
             stack.push_async_callback(self.keys.stop)
             await self.shelf.start()
@@ -200,6 +202,7 @@ async def serve(settings: Settings) -> None:
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # X-Forwarded-For is believed by our own rule only (A84)
             server_header=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=DRAIN_S,

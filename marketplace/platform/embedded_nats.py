@@ -73,6 +73,12 @@ def _binary() -> str:
     return found
 
 
+def _nobodys_key() -> str:
+    """A user nkey whose seed is thrown away."""
+    seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
+    return str(nkeys.from_seed(seed).public_key.decode())
+
+
 def _configuration(port: int, home: Path, credentials: NatsCredentials) -> str:
     return f"""\
 server_name: "tollway-{port}"
@@ -82,7 +88,8 @@ max_pending: 64MB
 write_deadline: "10s"
 jetstream {{ store_dir: "{home / "jetstream"}", max_memory_store: 64MB, max_file_store: 4GB }}
 accounts {{
-  AUTH {{ users: [ {{ user: "auth", password: "{credentials.password}" }} ] }}
+  # nats-server sends nonces, which nodes sign, only where some nkey user exists; nobody has this one's seed.
+  AUTH {{ users: [ {{ user: "auth", password: "{credentials.password}" }}, {{ nkey: "{_nobodys_key()}" }} ] }}
   APP {{ jetstream: enabled, users: [ {{ user: "marketplace", password: "{credentials.password}" }} ] }}
   SYS {{ users: [ {{ user: "system", password: "{credentials.password}" }} ] }}
 }}

@@ -81,8 +81,8 @@ class DevelopmentChains:
                 deployed = await evm.deploy(
                     rpc, network, configuration.evm(network), evm_signers, threshold=THRESHOLD
                 )
-                for purpose in ("payouts", "sweeps"):
-                    key = evm.development_key(self._folder.settler / f"evm-{purpose}.key")
+                for name in ("gas-evm.key", "gas-evm-sweeps.key"):
+                    key = evm.development_key(self._folder.settler / name)
                     await evm.fund(rpc, network, evm.address_of(key), eth_wei=GAS_WEI)
             described[network.chain.value] = {
                 "rpc": [self.rpc[network.chain]],
@@ -94,7 +94,7 @@ class DevelopmentChains:
                 "signers": list(deployed.owners),
                 "threshold": deployed.threshold,
             }
-        gas = solana_keystore.from_seed(seed_in(self._folder.settler / "solana-gas.seed"))
+        gas = solana_keystore.from_seed(seed_in(self._folder.settler / "gas-solana.key"))
         seed_in(self._folder.settler / "solana-pool.seed")
         async with SolanaRpc(self.rpc[Chain.SOLANA]) as rpc:
             placed = await solana.deploy(

@@ -1,0 +1,468 @@
+"""`tollway`: the marketplace's command line.
+
+Commands that work on a book read TOLLWAY_ variables; without them they use the stack in `--data-dir`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from chain.errors import ChainError
+from chain.networks import Chain
+from chain.units import parse_usdc
+from marketplace.platform.errors import PlatformError, SetupFault
+from marketplace.platform.logging import configure_logging
+from marketplace.platform.settings import Settings, load_settings
+
+app = typer.Typer(
+    help="A marketplace for LLM inference that settles on chain.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+batch_app = typer.Typer(help="Settlement batches: plan, show, export, approve.", no_args_is_help=True)
+models_app = typer.Typer(help="The catalogue of models.", no_args_is_help=True)
+ledger_app = typer.Typer(help="Look into the book.", no_args_is_help=True)
+keystore_app = typer.Typer(help="A signer's keys.", no_args_is_help=True)
+for name, group in (
+    ("batch", batch_app), ("models", models_app), ("ledger", ledger_app), ("keystore", keystore_app),
+):  # fmt: skip
+    app.add_typer(group, name=name)
+
+out: Final = Console()
+err: Final = Console(stderr=True)
+
+DEFAULT_STACK: Final = Path("var/stack")
+DataDir = Annotated[Path, typer.Option("--data-dir", help="The stack's data folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+ChainArgument = Annotated[Chain, typer.Option("--chain", help="ethereum, base or solana.")]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What we raise on purpose ends in one sentence and exit code 1, not in a stack trace."""
+    try:
+        yield
+    except (PlatformError, ChainError, ValueError) as e:
+        err.print(f"[red]tollway:[/] {escape(str(e))}")
+        raise typer.Exit(1) from e
+    except OSError as e:
+        err.print(f"[red]tollway:[/] {e.strerror or e}: {e.filename or ''}")
+        raise typer.Exit(1) from e
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    with _plain_errors():
+        return asyncio.run(work)
+
+
+def _settings(data_dir: Path) -> Settings:
+    """Settings from the environment, else of the stack in `data_dir`."""
+    from marketplace.stack.folder import StackFolder
+
+    if "TOLLWAY_DATABASE_URL" not in os.environ:
+        for name, value in StackFolder(data_dir).read_environment().items():
+            os.environ.setdefault(f"TOLLWAY_{name.upper()}", value)
+    return load_settings()
+
+
+# ---- processes
+
+
+@app.command()
+def serve() -> None:
+    """Run a gateway: the OpenAI-compatible API and the account API."""
+    import uvloop
+
+    from marketplace.app import serve as serve_gateway
+
+    configure_logging("serve")
+    with _plain_errors():
+        uvloop.run(serve_gateway(load_settings()))
+
+
+@app.command()
+def watch(
+    chains: Annotated[list[Chain] | None, typer.Argument(help="Which; all if none is named.")] = None,
+    start: Annotated[
+        int | None, typer.Option("--from", help="Height to start at, at a chain's very first start.")
+    ] = None,
+) -> None:
+    """Run chain watchers: credit what is final."""
+    from marketplace.processes import run_watchers
+
+    configure_logging("watch")
+    with _plain_errors():
+        asyncio.run(run_watchers(load_settings(), chains or tuple(Chain), start_height=start))
+
+
+@app.command()
+def settle(
+    chains: Annotated[list[Chain] | None, typer.Argument(help="Which; all if none is named.")] = None,
+) -> None:
+    """Run the settler: batches, broadcasts, sweeps, the Solana address pool."""
+    from marketplace.processes import run_settler
+
+    configure_logging("settle")
+    with _plain_errors():
+        asyncio.run(run_settler(load_settings(), chains or tuple(Chain)))
+
+
+@app.command()
+def migrate(data_dir: DataDir = DEFAULT_STACK) -> None:
+    """Bring the database's schema to its newest revision."""
+    from marketplace.platform import database
+
+    with _plain_errors():
+        database.migrate(_settings(data_dir).database_url.get_secret_value())
+
+
+# ---- the stack on one machine
+
+
+def _say(text: str) -> None:
+    out.print(f"  [dim]·[/] {escape(text)}")
+
+
+ModelOption = Annotated[str, typer.Option(help="smollm2 (real, small) or tiny (random, for tests).")]
+
+
+@app.command()
+def up(
+    data_dir: DataDir = DEFAULT_STACK,
+    model: ModelOption = "smollm2",
+    port_base: Annotated[int, typer.Option(help="First of five loopback ports; 0 chooses free ones.")] = 8700,
+    without_node: Annotated[bool, typer.Option(help="Start no operator's node and no engine.")] = False,
+) -> None:
+    """Start everything on this machine and keep it running; Ctrl-C or `tollway down` ends it."""
+    from marketplace.stack.commands import run_up
+
+    _run(run_up(data_dir, _demo_model(model), _ports(port_base), _say, out, has_node=not without_node))
+
+
+@app.command()
+def down(data_dir: DataDir = DEFAULT_STACK) -> None:
+    """End the stack that runs in the data folder."""
+    from marketplace.stack.folder import StackFolder
+
+    with _plain_errors():
+        ended = StackFolder(data_dir).end_owner()
+    out.print("The stack has ended; its data stays." if ended else "No stack runs here.")
+
+
+@app.command()
+def demo(
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="Made anew at every run.")] = Path("var/demo"),
+    model: ModelOption = "smollm2",
+) -> None:
+    """Tell the whole story on real parts: deposit, chat, earn, settle, prove."""
+    from marketplace.stack.demo import run_demo
+
+    if not _run(run_demo(data_dir, _demo_model(model), out)):
+        raise typer.Exit(1)
+
+
+def _demo_model(name: str) -> Any:
+    from marketplace.stack.stack import MODELS
+
+    if name not in MODELS:
+        err.print(f"[red]tollway:[/] no model {name!r}; choose one of {', '.join(MODELS)}")
+        raise typer.Exit(2)
+    return MODELS[name]
+
+
+def _ports(base: int) -> Any:
+    from marketplace.stack.stack import Ports
+
+    if base and not 1024 <= base <= 65_000:
+        err.print("[red]tollway:[/] --port-base is 0 or 1024..65000")
+        raise typer.Exit(2)
+    return Ports.any() if base == 0 else Ports(*range(base, base + 5))
+
+
+@app.command()
+def faucet(
+    chain: ChainArgument,
+    to: Annotated[str, typer.Option(help="Wallet address.")],
+    usdc: Annotated[str, typer.Option(help="Decimal USDC.")] = "100",
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Development chains: mint USDC to a wallet and give it gas."""
+    from marketplace.stack.commands import run_faucet
+
+    out.print(_run(run_faucet(data_dir, chain, to, parse_usdc(usdc))))
+
+
+# ---- the book
+
+
+@app.command()
+def prove(data_dir: DataDir = DEFAULT_STACK, as_json: Json = False) -> None:
+    """Check every ledger invariant, and escrow against the chains; exit code 1 if one is broken."""
+    from marketplace.proof import Proof, prove_all
+
+    def show(proof: Proof) -> None:
+        if not as_json:
+            mark = "[green]holds[/]" if proof.ok else "[bold red]BROKEN[/]"
+            out.print(f"{mark}  {escape(proof.name)}  [dim]{escape(proof.detail)}[/]")
+
+    proofs = _run(prove_all(_settings_or_exit(data_dir), show))
+    if as_json:
+        print(json.dumps([{"name": p.name, "ok": p.ok, "detail": p.detail} for p in proofs]))
+    if not all(proof.ok for proof in proofs):
+        raise typer.Exit(1)
+
+
+def _settings_or_exit(data_dir: Path) -> Settings:
+    with _plain_errors():
+        return _settings(data_dir)
+
+
+@ledger_app.command("show")
+def ledger_show(
+    account: Annotated[str, typer.Argument(help="Such as escrow:base, buyer:<person id>, loss.")],
+    data_dir: DataDir = DEFAULT_STACK,
+    as_json: Json = False,
+) -> None:
+    """Show one account's balance."""
+    from marketplace.proof import account_balance
+
+    found = _run(account_balance(_settings_or_exit(data_dir), account))
+    if as_json:
+        print(json.dumps(found))
+        return
+    for key, value in found.items():
+        out.print(f"{key:>10}  {value}")
+
+
+@models_app.command("add")
+def models_add(
+    name: Annotated[str, typer.Argument(help="What buyers ask for.")],
+    path: Annotated[
+        Path, typer.Option(help="A Hugging Face model folder (tokenizer and template are read).")
+    ],
+    tier: Annotated[str, typer.Option(help="small, medium, large or premium (explicit, R8).")],
+    context: Annotated[int | None, typer.Option(help="Tokens; the model's own if not given.")] = None,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Put a model on offer, or change its entry."""
+    from marketplace.catalog.models import CatalogError, Tier, add_model, read_model_folder
+    from marketplace.platform import database
+
+    async def add() -> None:
+        files, own_context = read_model_folder(path)
+        engine = database.connect(_settings(data_dir).database_url.get_secret_value(), pool_size=1)
+        try:
+            async with database.transaction(engine) as connection:
+                await add_model(
+                    connection, name=name, tier=Tier(tier), context=context or own_context, files=files
+                )
+        finally:
+            await engine.dispose()
+
+    try:
+        _run(add())
+    except CatalogError as e:
+        err.print(f"[red]tollway:[/] {escape(str(e))}")
+        raise typer.Exit(1) from e
+    out.print(f"{name} is on offer.")
+
+
+# ---- settlement
+
+
+def _with_book(data_dir: Path, work: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
+    """Run `work(engine, chains, clock)` on the book."""
+    from marketplace.platform import database
+    from marketplace.platform.clock import SystemClock
+    from marketplace.platform.settings import load_chains
+    from marketplace.settlement.errors import SettlementError
+
+    async def inside() -> Any:
+        settings = _settings(data_dir)
+        engine = database.connect(settings.database_url.get_secret_value(), pool_size=2)
+        try:
+            return await work(engine, load_chains(settings.chains_file), SystemClock())
+        finally:
+            await engine.dispose()
+
+    try:
+        return _run(inside())
+    except SettlementError as e:
+        err.print(f"[red]tollway:[/] {escape(str(e))}")
+        raise typer.Exit(1) from e
+
+
+@batch_app.command("plan")
+def batch_plan(
+    chain: ChainArgument,
+    actor: Annotated[str, typer.Option("--as", help="Who asks; kept with the batch.")],
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Ask the settler to freeze a chain's requested withdrawals into a batch; prints the batch's id."""
+    from marketplace.settlement import commands
+
+    asked = _with_book(data_dir, lambda engine, _, clock: commands.plan(engine, clock, chain, asked_by=actor))
+    if asked.batch_id is None:
+        err.print(f"[yellow]tollway:[/] no batch: {escape(asked.outcome or 'the settler has not answered')}")
+        raise typer.Exit(1)
+    print(asked.batch_id)
+
+
+@batch_app.command("show")
+def batch_show(
+    batch: Annotated[
+        str | None, typer.Argument(help="A batch's id; without it, the newest are listed.")
+    ] = None,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Show a batch: members, approvals, transactions."""
+    from marketplace.settlement import commands
+
+    if batch is None:
+        table = Table("batch", "chain", "status", "payouts", "USDC")
+        for row in _with_book(data_dir, lambda engine, *_: commands.listing(engine)):
+            table.add_row(str(row.id), row.chain.value, row.status.value, str(row.count), str(row.total))
+        out.print(table)
+        return
+    identity = _uuid(batch)
+    found, members, approvals, sent = _with_book(data_dir, lambda engine, *_: commands.show(engine, identity))
+    out.print(f"batch {found.id} on {found.chain.value}: [bold]{found.status.value}[/], fence {found.fence}")
+    table = Table("payout", "to", "USDC")
+    for member in members:
+        table.add_row(str(member.payout_id), member.address, str(member.amount))
+    out.print(table)
+    out.print(f"approved by: {', '.join(approvals) or 'nobody yet'}")
+    if found.trouble:
+        out.print(f"waits: {escape(found.trouble)}")
+    for broadcast in sent:
+        out.print(f"transaction: {broadcast.tx}")
+
+
+@batch_app.command("export")
+def batch_export(
+    batch: Annotated[str, typer.Argument(help="A batch's id.")],
+    file: Annotated[Path, typer.Option("--out", help="Where to write the export that signers sign.")],
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Write the file that signers take to their own machines."""
+    from marketplace.settlement import commands
+
+    identity = _uuid(batch)
+    file.write_bytes(_with_book(data_dir, lambda engine, *_: commands.export(engine, identity)))
+    out.print(str(file))
+
+
+@batch_app.command("approve")
+def batch_approve(
+    approval: Annotated[Path, typer.Argument(help="What `tollway sign` wrote.")],
+    actor: Annotated[str, typer.Option("--as", help="Who brings it; not the planner.")],
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Store a signer's approval; at the threshold the settler goes on."""
+    from marketplace.settlement import commands
+
+    document = approval.read_bytes()
+    batch, status = _with_book(
+        data_dir,
+        lambda engine, chains, clock: commands.approve(engine, chains, clock, document, pushed_by=actor),
+    )
+    out.print(f"batch {batch}: {status.value}")
+
+
+@batch_app.command("halt")
+def batch_halt(
+    rail: Annotated[str, typer.Argument(help="A chain, or `payouts` for all.")],
+    actor: Annotated[str, typer.Option("--as", help="Who decides.")],
+    reason: Annotated[str, typer.Option(help="Why; kept for ever.")],
+    lift: Annotated[bool, typer.Option("--lift", help="Let payouts run again.")] = False,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Stop payouts, or let them run again; a fact with actor and reason."""
+    from marketplace.settlement import commands
+
+    act = commands.lift if lift else commands.halt
+    _with_book(data_dir, lambda engine, _, clock: act(engine, clock, rail, actor=actor, reason=reason))
+
+
+@app.command()
+def sign(
+    export: Annotated[Path, typer.Argument(help="The file written by `tollway batch export`.")],
+    keystore: Annotated[Path, typer.Option(help="Your encrypted key for this chain.")],
+    chains_file: Annotated[Path, typer.Option(help="Your own copy of the chains file: what you pin.")],
+    limit: Annotated[str | None, typer.Option(help="Refuse batches above so many USDC.")] = None,
+    approval: Annotated[Path | None, typer.Option("--out", help="Where to write the approval.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Sign a batch on your own machine, offline: everything is rebuilt from its rows and compared."""
+    from marketplace.settlement import commands
+    from marketplace.settlement.errors import SettlementError
+
+    def confirm(review: Any) -> bool:
+        table = Table("to", "USDC")
+        for to, amount in review.recipients:
+            table.add_row(to, str(amount))
+        err.print(
+            f"batch {review.batch} on {review.chain.value}, planned by {review.planned_by}: "
+            f"{review.total} USDC from {review.escrow}, fence {review.fence}, digest {review.digest}"
+        )
+        err.print(table)
+        return yes or typer.confirm("Sign this?", err=True)
+
+    try:
+        with _plain_errors():
+            _, written = commands.sign(
+                export,
+                keystore,
+                chains_file=chains_file,
+                limit=None if limit is None else parse_usdc(limit),
+                confirm=confirm,
+                approval_file=approval,
+            )
+    except SettlementError as e:
+        err.print(f"[red]tollway:[/] {escape(str(e))}")
+        raise typer.Exit(1) from e
+    out.print(str(written))
+
+
+@keystore_app.command("create")
+def keystore_create(
+    chain: ChainArgument,
+    file: Annotated[Path, typer.Option("--out", help="A new file; never overwritten.")],
+) -> None:
+    """Make a signer's key; prints its address."""
+    from marketplace.settlement import commands
+
+    with _plain_errors():
+        out.print(commands.create_keystore(chain, file, commands.read_passphrase(file)))
+
+
+def _uuid(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        err.print(f"[red]tollway:[/] {text!r} is not a batch id")
+        raise typer.Exit(2) from None
+
+
+def main() -> None:
+    """Entry point of the `tollway` command."""
+    try:
+        app()
+    except SetupFault as e:
+        err.print(f"[red]tollway:[/] {escape(str(e))}")
+        sys.exit(1)
