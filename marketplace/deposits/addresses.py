@@ -49,9 +49,10 @@ def shared_forwarders(chains: ChainsConfig) -> Forwarders:
     return Forwarders(chains.ethereum.forwarder_factory)
 
 
-def forwarder_salt(secret: bytes, person_id: UUID) -> bytes:
-    """The 32-byte CREATE2 salt of a person's address."""
-    return hmac.digest(secret, b"tollway/deposit-address/v1/" + person_id.bytes, "sha256")
+def forwarder_salt(secret: bytes, person_id: UUID, generation: int) -> bytes:
+    """The 32-byte CREATE2 salt of a person's address; `generation` counts the retired ones before it."""
+    message = b"tollway/deposit-address/v1/" + person_id.bytes + generation.to_bytes(4)
+    return hmac.digest(secret, message, "sha256")
 
 
 async def evm_address(
@@ -64,7 +65,12 @@ async def evm_address(
         found = await _active(conn, person_id, "evm")  # somebody else may have held the lock
     if found is not None:
         return found
-    salt = forwarder_salt(secret, person_id)
+    retired = await conn.scalar(
+        select(func.count()).where(
+            deposit_addresses.c.person_id == person_id, deposit_addresses.c.chain_family == "evm"
+        )
+    )
+    salt = forwarder_salt(secret, person_id, retired or 0)
     address = str(forwarders.address_of(salt))
     await conn.execute(
         insert(deposit_addresses).values(
@@ -153,8 +159,7 @@ async def create_intent(
 async def retire_address(conn: AsyncConnection, person_id: UUID, family: Family, *, now: datetime) -> bool:
     """Stop using the person's address: what still arrives there goes to `unattributed` with a case.
 
-    The next request makes a new Solana address; on EVM the address is a function of the person, so a
-    retired one is not replaced.
+    The next request makes a new one.
     """
     retired = await conn.scalar(
         update(deposit_addresses)

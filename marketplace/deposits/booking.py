@@ -291,22 +291,44 @@ async def _credit(
             case Unattributed():
                 entries.append(_set_aside(arrival))
     for (address, person_id), new in groups.items():
-        waiting = await _waiting(conn, rules.chain, address, person_id)
-        if sum(waiting.values()) < rules.deposit_micro_min:
-            entries += [_set_aside(arrival) for arrival in new]
-            continue
-        entries += _release(rules.chain, person_id, waiting, new)
-        credited += [Credit(person_id, rules.chain, key, Micro(amount)) for key, amount in waiting.items()]
+        arrived = {arrival.transfer.key: arrival for arrival in new}
+        earlier = await _waiting(conn, rules.chain, address, person_id, without=arrived)
+        amounts = {key: arrival.transfer.amount.n for key, arrival in arrived.items()}
+        released = reach_minimum(earlier, amounts, rules.deposit_micro_min)
+        entries += [_set_aside(arrival) for key, arrival in arrived.items() if key not in released]
+        entries += [_give(rules.chain, person_id, k, n, arrived.get(k)) for k, n in released.items()]
+        credited += [Credit(person_id, rules.chain, key, Micro(n)) for key, n in released.items()]
         await conn.execute(
             update(deposits)
-            .where(deposits.c.chain == rules.chain.value, deposits.c.key.in_(list(waiting)))
+            .where(deposits.c.chain == rules.chain.value, deposits.c.key.in_(list(released)))
             .values(credited_at=now)
         )
     return credited, entries
 
 
-async def _waiting(conn: AsyncConnection, chain: Chain, address: str, person_id: UUID) -> dict[str, int]:
-    """Final, uncredited amounts by key, the ones of this very range included."""
+def reach_minimum(earlier: Mapping[str, int], arrived: Mapping[str, int], minimum: int) -> dict[str, int]:
+    """Say what is credited (R7): whenever the sum that waits reaches the minimum, all of it.
+
+    Taken one by one in the chain's order, so that it does not matter how many blocks were read at once.
+
+    >>> reach_minimum({"a": 2}, {"b": 2, "c": 1, "d": 4}, 5)
+    {'a': 2, 'b': 2, 'c': 1}
+    """
+    released: dict[str, int] = {}
+    waiting, total = dict(earlier), sum(earlier.values())
+    for key, amount in arrived.items():
+        waiting[key] = amount
+        total += amount
+        if total >= minimum:
+            released |= waiting
+            waiting, total = {}, 0
+    return released
+
+
+async def _waiting(
+    conn: AsyncConnection, chain: Chain, address: str, person_id: UUID, *, without: Collection[str]
+) -> dict[str, int]:
+    """Final, uncredited amounts by key, from earlier ranges."""
     statement = (
         select(deposits.c.key, deposits.c.amount_micro)
         .where(
@@ -315,8 +337,9 @@ async def _waiting(conn: AsyncConnection, chain: Chain, address: str, person_id:
             deposits.c.person_id == person_id,
             deposits.c.status == Deposit.FINAL.value,
             deposits.c.credited_at.is_(None),
+            deposits.c.key.not_in(without),
         )
-        .order_by(deposits.c.id)
+        .order_by(deposits.c.height, deposits.c.id)
         .with_for_update()
     )
     return {row.key: row.amount_micro for row in await conn.execute(statement)}
@@ -332,27 +355,14 @@ def _set_aside(arrival: _Arrival) -> Transfer:
     )
 
 
-def _release(
-    chain: Chain, person_id: UUID, waiting: Mapping[str, int], new: Sequence[_Arrival]
-) -> list[Transfer]:
-    """New deposits go straight to the buyer; earlier ones were set aside and are attributed now."""
-    arrived = {arrival.transfer.key: arrival for arrival in new}
-    entries: list[Transfer] = []
-    for key, amount_micro in waiting.items():
-        arrival = arrived.get(key)
-        if arrival is None:
-            build = templates.attribution
-        else:
-            build = templates.deposit_direct if arrival.attribution.is_direct else templates.deposit
-        entries.append(
-            build(
-                chain=chain.value,
-                person=str(person_id),
-                amount=from_micro(amount_micro),
-                ref=f"{chain.value}:{key}",
-            )
-        )
-    return entries
+def _give(chain: Chain, person_id: UUID, key: str, amount_micro: int, arrival: _Arrival | None) -> Transfer:
+    """A new deposit goes straight to the buyer; an earlier one was set aside and is attributed now."""
+    if arrival is None:
+        build = templates.attribution
+    else:
+        build = templates.deposit_direct if arrival.attribution.is_direct else templates.deposit
+    amount, ref = from_micro(amount_micro), f"{chain.value}:{key}"
+    return build(chain=chain.value, person=str(person_id), amount=amount, ref=ref)
 
 
 async def _post(conn: AsyncConnection, entries: Sequence[Transfer]) -> None:

@@ -18,6 +18,7 @@ from typing import Final
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from chain.errors import ChainFault
 from chain.ports import ChainReader
 from marketplace.deposits.directory import family_of
 from marketplace.deposits.tables import chain_cursors, deposit_addresses, solana_pool
@@ -68,10 +69,14 @@ async def check_chain(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience_s
     while True:
-        results, is_caught_up = await _check_once(engine, reader, escrow)
-        is_settled = is_caught_up and all(result.is_equal for result in results)
-        if is_settled or loop.time() >= deadline:
-            return results
+        is_last = loop.time() >= deadline
+        try:
+            results, is_caught_up = await _check_once(engine, reader, escrow)
+            if is_last or (is_caught_up and all(result.is_equal for result in results)):
+                return results
+        except ChainFault:  # say, a node that forgot the balances at a cursor still catching up
+            if is_last:
+                raise
         await asyncio.sleep(RETRY_S)
 
 

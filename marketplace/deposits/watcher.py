@@ -287,25 +287,22 @@ class Watcher:
         _log.info("first start", chain=chain.value, height=begin.height, opening_micro=opening.n)
 
     async def _opening_balance(self, begin: Header, *, is_newest: bool) -> Micro:
-        """What the escrow held at `begin`.
+        """What the escrow held at `begin`: asked for only when that is the newest final block.
 
-        Solana tells the newest final balance only: right if nothing came in since; and a start from an
-        older slot is taken to be a start from before the escrow existed.
+        An older start is a start from before the escrow existed (nodes forget old balances).  Solana tells
+        the newest balance only: right if nothing came in since.
         """
         escrow = self.rules.escrow
-        if self.rules.chain.is_evm:
-            return await self.reader.usdc_balance(escrow, height=begin.height)
         if not is_newest:
             return Micro(0)
+        if self.rules.chain.is_evm:
+            return await self.reader.usdc_balance(escrow, height=begin.height)
         amount = await self.reader.usdc_balance(escrow)
         after = await self.reader.final()
-        since = (
-            await self.reader.blocks(begin.height + 1, after.height, self._addresses)
-            if (after.height > begin.height)
-            else []
-        )
-        if any(transfer.to == escrow for transfer in _inbound(since)):
-            raise RpcUnavailable("the escrow was paid during the first start; once more")
+        if after.height > begin.height:
+            since = await self.reader.blocks(begin.height + 1, after.height, self._addresses)
+            if any(transfer.to == escrow for transfer in _inbound(since)):
+                raise RpcUnavailable("the escrow was paid during the first start; once more")
         return amount
 
     async def _halt(self, reason: str) -> None:
