@@ -8,7 +8,7 @@ import uuid
 from datetime import UTC, datetime
 
 import pytest
-from sqlalchemy import func, insert, select
+from sqlalchemy import Table, func, insert, inspect, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.errors import UnknownResult
@@ -20,7 +20,17 @@ from marketplace.deposits.addresses import evm_address, retire_address, solana_a
 from marketplace.deposits.directory import KnownAddresses
 from marketplace.deposits.pool import PoolKeeper
 from marketplace.deposits.sweeper import REBROADCAST_S, EvmSweeper, SweepPolicy, due_for_sweep
-from marketplace.deposits.tables import chain_cursors, deposit_addresses, deposits, solana_pool, sweeps
+from marketplace.deposits.tables import (
+    chain_cursors,
+    chain_halts,
+    chain_headers,
+    deposit_addresses,
+    deposit_intents,
+    deposits,
+    solana_pool,
+    support_cases,
+    sweeps,
+)
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.database import transaction
 
@@ -28,6 +38,16 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SECRET = b"s" * 32
 FORWARDERS = Forwarders("0x" + "ab" * 20)
 SEED = bytes(32)
+TABLES = [
+    chain_cursors,
+    chain_halts,
+    chain_headers,
+    deposit_addresses,
+    deposit_intents,
+    deposits,
+    solana_pool,
+]
+TABLES += [support_cases, sweeps]
 
 
 async def make_evm(engine: AsyncEngine, person: uuid.UUID) -> str:
@@ -195,3 +215,10 @@ async def test_one_sweep_at_a_time_until_the_watcher_is_past_it(engine: AsyncEng
         await conn.execute(chain_cursors.update().values(height=6, final_height=6))
         assert await conn.scalar(select(func.count()).select_from(sweeps)) == 0
     assert await sweeper.tick() == "0x1"  # nothing was booked (say, it moved nothing): it is due again
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+async def test_tables_are_the_migration(engine: AsyncEngine, table: Table) -> None:
+    async with engine.connect() as conn:
+        there = await conn.run_sync(lambda sync: inspect(sync).get_columns(table.name))
+    assert {c["name"]: c["nullable"] for c in there} == {c.name: c.nullable for c in table.columns}

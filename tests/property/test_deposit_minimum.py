@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ def test_any_split_into_ranges_credits_the_same(amounts: list[int], cuts: list[i
     at_once = reach_minimum({}, arrivals, minimum)
     released: dict[str, int] = {}
     bounds = sorted({0, len(amounts), *(cut for cut in cuts if cut < len(amounts))})
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         known = {key: arrivals[key] for key in list(arrivals)[:start] if key not in released}
         released |= reach_minimum(known, {key: arrivals[key] for key in list(arrivals)[start:end]}, minimum)
     assert released == at_once
