@@ -75,7 +75,11 @@ AnswerFrame = Accepted | Delta | Heartbeat | End
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a gateway waits, in ms. The protocol's numbers; tests shorten them."""
+    """How long a gateway waits, in ms. The protocol's numbers; tests shorten them.
+
+    The limit of the first token is for streams: for other buyers the node gathers the whole answer first,
+    and vouches for its engine with heartbeats.
+    """
 
     accept_ms: int = ACCEPT_MS_MAX
     first_token_ms: int = FIRST_TOKEN_MS_MAX
@@ -95,6 +99,7 @@ class Reply:
         "_error",
         "_frames",
         "_heartbeats",
+        "_is_stream",
         "_last_s",
         "_loop",
         "_reader",
@@ -119,6 +124,7 @@ class Reply:
         self._waiter: asyncio.Future[None] | None = None
         self._error: RequestBroken | None = None
         self._heartbeats = 0
+        self._is_stream = request.stream
         self._started_s = self._last_s = self._loop.time()
         limits = client.limits
         self._wall_s = self._started_s + min(limits.wall_ms, request.deadline_ms + DEADLINE_GRACE_MS) / 1000
@@ -255,7 +261,7 @@ class Reply:
         due_s, limit = self._wall_s, _WALL
         if not self.is_accepted:
             return min((due_s, limit), (self._started_s + limits.accept_ms / 1000, _ACCEPT))
-        if not self.had_delta:
+        if not self.had_delta and self._is_stream:
             first_s = self._started_s + limits.first_token_ms / 1000
             due_s, limit = min((due_s, limit), (first_s, _FIRST_TOKEN))
         return min((due_s, limit), (self._last_s + limits.idle_ms / 1000, _IDLE))

@@ -3,7 +3,7 @@
 It hears its own subjects, tells its own status, and answers where it was asked to answer: NATS remembers
 per connection which reply subjects it delivered, and for how long and how often they may be used.  So no
 node can answer for another, nor speak to a gateway that did not ask it.  What NATS keeps of it costs
-160 bytes for every request of the last ten minutes and no time that could be measured (README).
+some 130 bytes for every request of the last ten minutes, and its time does not grow (README).
 """
 
 from __future__ import annotations

@@ -174,9 +174,9 @@ def choose(question: Question) -> Decision:
     if not eligible:
         return Decision(question, (), 0)
     preferences = question.preferences
-    ranked = sorted(
-        zip(_scores(eligible, question), eligible, strict=True), key=lambda pair: (-pair[0], pair[1].node_id)
-    )
+    ranked = list(zip(_scores(eligible, question), eligible, strict=True))
+    if len(ranked) > 1:
+        ranked.sort(key=lambda pair: (-pair[0], pair[1].node_id))
     chosen_by_name = bool(preferences.operator or preferences.order)
     if chosen_by_name:
         ranked.sort(key=lambda pair: _named_rank(pair[1], preferences))  # stable: by score within
@@ -228,7 +228,27 @@ def _costs(views: Sequence[NodeView], question: Question) -> list[int]:
 
 
 def _scores(eligible: Sequence[NodeView], question: Question) -> list[float]:
-    return [parts.score for parts in _all_parts(eligible, question)]
+    """Give what `_all_parts` gives as scores, without the objects: this is the hot path."""
+    weights = question.weights
+    total = weights.latency + weights.load + weights.price
+    latency_weight, load_weight, price_weight = weights.latency, weights.load, weights.price
+    costs = _costs(eligible, question)
+    cost_best = min(costs) + 1
+    latency_best = _latency_best(eligible) + 1
+    found = []
+    for view, cost in zip(eligible, costs, strict=True):
+        latency_ms = view.latency_ms
+        latency = 1.0 if latency_ms is None else latency_best / (latency_ms + 1)
+        load = 1.0 - (view.running + view.waiting) / view.capacity
+        whole = (
+            latency_weight * latency + load_weight * load + price_weight * (cost_best / (cost + 1))
+        ) / total
+        found.append(whole * (1000 - view.penalty_permille) / 1000)
+    return found
+
+
+def _latency_best(eligible: Sequence[NodeView]) -> int:
+    return min((view.latency_ms for view in eligible if view.latency_ms is not None), default=0)
 
 
 def _all_parts(eligible: Sequence[NodeView], question: Question) -> list[Parts]:
@@ -237,7 +257,7 @@ def _all_parts(eligible: Sequence[NodeView], question: Question) -> list[Parts]:
     total = weights.latency + weights.load + weights.price
     costs = _costs(eligible, question)
     cost_best = min(costs)
-    latency_best = min((view.latency_ms for view in eligible if view.latency_ms is not None), default=0)
+    latency_best = _latency_best(eligible)
     found = []
     for view, cost in zip(eligible, costs, strict=True):
         latency = 1.0 if view.latency_ms is None else (latency_best + 1) / (view.latency_ms + 1)
@@ -303,9 +323,15 @@ def _with_failover(
     """Append the next to ask: the buyer's own order, then operators not yet tried, then the score."""
     chosen = [first]
     rest = [view for _, view in ranked if view is not first]
+    is_named = bool(preferences.operator or preferences.order)
     while rest and len(chosen) <= RETRIES_MAX:
         tried = {view.operator_id for view in chosen}
-        following = min(rest, key=lambda view: (_named_rank(view, preferences), view.operator_id in tried))
+        if is_named:
+            following = min(
+                rest, key=lambda view: (_named_rank(view, preferences), view.operator_id in tried)
+            )
+        else:
+            following = next((view for view in rest if view.operator_id not in tried), rest[0])
         chosen.append(following)
         rest.remove(following)
     return tuple(chosen)

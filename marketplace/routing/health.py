@@ -20,11 +20,22 @@ LATENCY_SHARE: Final = 0.2
 class Health:
     """Counts of one node and model. Times are monotonic milliseconds."""
 
-    __slots__ = ("_failed", "_latency_ms", "_newest", "_penalty", "_penalty_at_ms", "_succeeded")
+    __slots__ = (
+        "_failed",
+        "_failed_in_all",
+        "_latency_ms",
+        "_newest",
+        "_penalty",
+        "_penalty_at_ms",
+        "_succeeded",
+        "_succeeded_in_all",
+    )
 
     def __init__(self) -> None:
         self._succeeded = [0] * BUCKETS
         self._failed = [0] * BUCKETS
+        self._succeeded_in_all = 0
+        self._failed_in_all = 0
         self._newest = 0
         self._penalty = 0.0
         self._penalty_at_ms = 0
@@ -36,6 +47,7 @@ class Health:
 
     def succeeded(self, now_ms: int, first_token_ms: int | None) -> None:
         self._succeeded[self._bucket(now_ms)] += 1
+        self._succeeded_in_all += 1
         if first_token_ms is None:
             return
         if self._latency_ms is None:
@@ -45,6 +57,7 @@ class Health:
 
     def failed(self, now_ms: int) -> None:
         self._failed[self._bucket(now_ms)] += 1
+        self._failed_in_all += 1
         before = self._penalty_now(now_ms)
         self._penalty = before + (1 - before) / 2
         self._penalty_at_ms = now_ms
@@ -52,9 +65,8 @@ class Health:
     def success_permille(self, now_ms: int) -> int | None:
         """Give successes per thousand of the last five minutes, None with too few to tell."""
         self._bucket(now_ms)
-        failed, succeeded = sum(self._failed), sum(self._succeeded)
-        requests = failed + succeeded
-        return None if requests < SAMPLES_MIN else 1000 * succeeded // requests
+        requests = self._failed_in_all + self._succeeded_in_all
+        return None if requests < SAMPLES_MIN else 1000 * self._succeeded_in_all // requests
 
     def penalty_permille(self, now_ms: int) -> int:
         return round(1000 * self._penalty_now(now_ms))
@@ -66,8 +78,11 @@ class Health:
     def _bucket(self, now_ms: int) -> int:
         """Give the current bucket, emptying those that time has passed over."""
         current = now_ms // BUCKET_MS
-        for passed in range(max(self._newest + 1, current - BUCKETS + 1), current + 1):
-            self._succeeded[passed % BUCKETS] = 0
-            self._failed[passed % BUCKETS] = 0
-        self._newest = max(self._newest, current)
+        if current > self._newest:
+            for passed in range(max(self._newest + 1, current - BUCKETS + 1), current + 1):
+                place = passed % BUCKETS
+                self._succeeded_in_all -= self._succeeded[place]
+                self._failed_in_all -= self._failed[place]
+                self._succeeded[place] = self._failed[place] = 0
+            self._newest = current
         return self._newest % BUCKETS

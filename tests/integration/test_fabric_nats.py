@@ -19,6 +19,7 @@ import nats.aio.msg
 import nats.errors
 import nkeys
 import pytest
+import uvloop
 from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -221,7 +222,7 @@ async def test_nobody_connects_without_a_key_or_with_a_guessed_password(
         assert "Authorization Violation" in await knock(fabric_nats.url, lambda _nonce, o=options: dict(o))
 
 
-async def test_a_recorded_signature_does_not_open_a_second_connection(
+async def test_a82_a_recorded_signature_does_not_open_a_second_connection(
     service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
 ) -> None:
     key = _Key()
@@ -236,7 +237,7 @@ async def test_a_recorded_signature_does_not_open_a_second_connection(
     assert "Authorization Violation" in await knock(fabric_nats.url, lambda _nonce: recorded)
 
 
-async def test_another_nodes_public_key_does_not_help(
+async def test_a82_another_nodes_public_key_does_not_help(
     service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
 ) -> None:
     known, unknown = _Key(), _Key()
@@ -282,7 +283,7 @@ async def test_a_node_can_neither_hear_another_node_nor_speak_for_it(
         await client.close()
 
 
-async def test_a_newer_connection_of_a_node_cuts_the_older(
+async def test_a82_a_newer_connection_of_a_node_cuts_the_older(
     service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
 ) -> None:
     key = _Key()
@@ -371,9 +372,9 @@ async def node(
         await node.client.close()
 
 
-def a_request(credit: int = protocol.CREDIT_DEFAULT) -> protocol.Request:
+def a_request(credit: int = protocol.CREDIT_DEFAULT, *, stream: bool = True) -> protocol.Request:
     return protocol.Request(
-        v=1, id=uuid.uuid4().hex, model="m", body=b"{}", stream=True, deadline_ms=60_000, credit=credit
+        v=1, id=uuid.uuid4().hex, model="m", body=b"{}", stream=stream, deadline_ms=60_000, credit=credit
     )
 
 
@@ -444,7 +445,9 @@ async def test_a_broken_protocol_fails_after_what_was_whole(
     await eventually(lambda: node.cancelled == [request.id])
 
 
-async def test_an_oversized_or_senseless_frame_fails_the_request(service: FabricService, node: _Node) -> None:
+async def test_a62_an_oversized_or_senseless_frame_fails_the_request(
+    service: FabricService, node: _Node
+) -> None:
     whole = protocol.encode(delta(0, "x" * protocol.FRAME_BYTES_MAX))
     for payload in (b"\xc1", b"x" * 100, b"", whole):
         async with service.nodes.request(node.node_id, a_request()) as reply:
@@ -494,11 +497,16 @@ async def test_silence_is_an_error_that_names_its_limit(
     await eventually(lambda: node.cancelled == [request.id])
 
 
-async def test_heartbeats_bridge_silence_but_neither_the_first_token_nor_the_wall(
+async def test_a62_heartbeats_bridge_silence_but_neither_the_first_token_nor_the_wall(
     service: FabricService, node: _Node
 ) -> None:
-    for opening, limit in (([Accepted(0)], "first_token"), ([Accepted(0), delta(1)], "wall")):
-        async with service.nodes.request(node.node_id, a_request()) as reply:
+    cases = (
+        (True, [Accepted(0)], "first_token"),
+        (True, [Accepted(0), delta(1)], "wall"),
+        (False, [Accepted(0)], "wall"),  # gathered answers come all at once
+    )
+    for is_stream, opening, limit in cases:
+        async with service.nodes.request(node.node_id, a_request(stream=is_stream)) as reply:
             _, subject = await node.taken()
             await node.say(subject, *opening)
 
@@ -589,7 +597,7 @@ async def test_one_node_cannot_answer_for_another(
         await other.close()
 
 
-async def test_a_node_that_dies_mid_stream_is_noticed(service: FabricService, node: _Node) -> None:
+async def test_a63_a_node_that_dies_mid_stream_is_noticed(service: FabricService, node: _Node) -> None:
     async with service.nodes.request(node.node_id, a_request()) as reply:
         _, subject = await node.taken()
         await node.say(subject, Accepted(0), delta(1))
@@ -640,6 +648,34 @@ async def test_a_lost_server_fails_what_is_under_way_and_comes_back(
         await connection.close()
         await responder.close()
         server.stop()
+
+
+def test_the_client_runs_on_the_gateways_event_loop(fabric_nats: EmbeddedNats) -> None:
+    password = fabric_nats.credentials.password
+
+    async def ask() -> list[type]:
+        gateway = Connection(fabric_nats.url, user="marketplace", password=password, name="gateway")
+        node = Connection(fabric_nats.url, user="marketplace", password=password, name="node")
+        await gateway.start()
+        await node.start()
+
+        def answer(_subject: bytes, reply: bytes, _payload: bytes) -> None:
+            for frame in (Accepted(0), delta(1), End(2)):
+                node.publish(reply.decode(), protocol.encode(frame))
+
+        node.subscribe("node.n-1.request", answer)
+        await node.flush()
+        client = NodeClient(gateway)
+        client.start()
+        try:
+            async with client.request(NodeId("n-1"), a_request()) as reply:
+                return [type(frame) async for frame in reply]
+        finally:
+            await client.close()
+            await gateway.close()
+            await node.close()
+
+    assert uvloop.run(ask()) == [Accepted, Delta, End]
 
 
 async def test_a_wrong_password_is_a_typed_error_in_time(fabric_nats: EmbeddedNats) -> None:

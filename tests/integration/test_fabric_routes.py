@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import uuid
@@ -175,7 +176,7 @@ async def test_the_database_holds_no_token(site: Site) -> None:
     assert token not in str(rows)
 
 
-async def test_expired_foreign_and_unproven_tokens_are_refused(site: Site) -> None:
+async def test_a82_a83_expired_replayed_foreign_and_unproven_tokens_are_refused(site: Site) -> None:
     operator = await site.person()
     token = await site.token(operator)
     seed = a_seed()
@@ -194,6 +195,15 @@ async def test_expired_foreign_and_unproven_tokens_are_refused(site: Site) -> No
     answer = await site.enroll(proof(token, seed, at=site.clock.now()))
     assert answer.json()["error"]["code"] == "enrolment_token_refused"
     assert await site.nodes(operator) == []
+
+
+async def test_a82_a_token_enrols_once_whoever_comes_first(site: Site) -> None:
+    operator = await site.person()
+    token = await site.token(operator)
+    bodies = [proof(token, a_seed()) for _ in range(4)]
+    answers = await asyncio.gather(*(site.enroll(body) for body in [*bodies, bodies[0]]))
+    assert sorted(answer.status_code for answer in answers) == [200, 403, 403, 403, 403]
+    assert len(await site.nodes(operator)) == 1
 
 
 async def test_a_key_stays_with_its_operator(site: Site) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from marketplace.routing import choice
 from marketplace.routing.choice import (
     BEST,
     RETRIES_MAX,
@@ -275,3 +276,11 @@ def test_the_draw_follows_the_scores(penalties: list[int]) -> None:
     for view in best:
         expected = (1000 - view.penalty_permille) / total
         assert draws[view.node_id] / steps == pytest.approx(expected, abs=2 / steps)
+
+
+@given(questions)
+def test_the_fast_score_is_the_explained_one(question: Question) -> None:
+    eligible = [view for view in question.views if exclusion(view, question) is None]
+    if eligible:
+        explained = [parts.score for parts in choice._all_parts(eligible, question)]
+        assert choice._scores(eligible, question) == pytest.approx(explained)
