@@ -18,12 +18,17 @@ import structlog
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from chain.evm.forwarders import Forwarders
+from chain.evm.gas import GasPayer
+from chain.evm.rpc import JsonRpc
+from chain.evm.sweeps import Sweeper
 from chain.networks import Chain
 from chain.ports import Landed, SignedTransaction
 from chain.units import Micro
 from marketplace.deposits.tables import chain_cursors, deposit_addresses, deposits, sweeps
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
+from marketplace.platform.settings import EvmChainConfig
 
 REBROADCAST_S: Final = 60
 """How long a sent sweep may stay unseen before the same bytes are sent again."""
@@ -145,3 +150,19 @@ class EvmSweeper:
                 select(chain_cursors.c.final_height).where(chain_cursors.c.chain == self.chain.value)
             )
         return height is not None and height >= landed.height
+
+
+def evm_sweeper(
+    chain: Chain,
+    engine: AsyncEngine,
+    clock: Clock,
+    rpc: JsonRpc,
+    config: EvmChainConfig,
+    *,
+    gas_key: bytes,
+    policy: SweepPolicy | None = None,
+) -> EvmSweeper:
+    """A sweeper on the real chain.  Its gas key is its own: two senders with one take each other's nonces."""
+    payer = GasPayer(rpc, config.chain_id, gas_key)
+    rail = Sweeper(Forwarders(config.forwarder_factory), rpc, payer)
+    return EvmSweeper(chain, engine, rail, clock, policy or SweepPolicy())

@@ -18,10 +18,7 @@ from pydantic import SecretStr
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from chain.evm import gas
-from chain.evm.forwarders import Forwarders
 from chain.evm.rpc import JsonRpc
-from chain.evm.sweeps import Sweeper
 from chain.localnet import evm as localnet
 from chain.localnet import settings as localnet_settings
 from chain.localnet.evm import Anvil, EvmDeployment
@@ -35,7 +32,7 @@ from chain.units import Micro
 from marketplace.deposits import service
 from marketplace.deposits.pool import pool_keeper
 from marketplace.deposits.routes import router
-from marketplace.deposits.sweeper import EvmSweeper
+from marketplace.deposits.sweeper import EvmSweeper, evm_sweeper
 from marketplace.deposits.tables import deposits, sweeps
 from marketplace.deposits.watcher import Pace
 from marketplace.ledger import accounts
@@ -148,11 +145,9 @@ class Town:
         async with transaction(self.engine) as conn:
             return await conn.scalar(select(deposits.c.status).where(deposits.c.tx == tx))
 
-    async def sweeper(self, chain: Chain) -> EvmSweeper:
-        rpc = self.evm[chain]
-        payer = gas.GasPayer(rpc, EVM_NETWORKS[chain].chain_id, SWEEP_PAYER)
-        forwarders = Forwarders(self.chains.base.forwarder_factory)
-        return EvmSweeper(chain, self.engine, Sweeper(forwarders, rpc, payer), CLOCK)
+    def sweeper(self, chain: Chain) -> EvmSweeper:
+        config = self.chains.base if chain is Chain.BASE else self.chains.ethereum
+        return evm_sweeper(chain, self.engine, CLOCK, self.evm[chain], config, gas_key=SWEEP_PAYER)
 
     async def addresses(self) -> dict[str, str]:
         answer = await self.api.get("/api/deposit-addresses")
@@ -269,7 +264,7 @@ async def test_from_wallet_to_balance_to_escrow_on_three_chains(town: Town) -> N
 
         # The settler empties the addresses; the books follow the chain.
         for chain in (Chain.ETHEREUM, Chain.BASE):
-            sweeper = await town.sweeper(chain)
+            sweeper = town.sweeper(chain)
             assert await sweeper.tick() is not None
             assert await sweeper.tick() is None  # one at a time
 
