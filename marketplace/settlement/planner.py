@@ -7,8 +7,9 @@ Two transactions with the dry run between them, so that none is open across a ca
 3. write, under the chain's lock: check again everything 1 relied on, then batch, payouts and ledger at once.
 
 The write is READ COMMITTED under locks (chain, requests, then every balance in account order), not
-SERIALIZABLE: the poster changes operators' balances many times a second, so a serializable write over 300
-of them would be refused for ever, while with the locks there is nothing left to serialize.
+SERIALIZABLE: the poster changes operators' balances many times a second, and a serializable write is
+refused whenever one of its 300 operators earned something meanwhile.  With the locks nothing is left to
+serialize.
 """
 
 from __future__ import annotations

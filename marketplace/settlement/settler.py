@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import Enum
 from typing import Final
 
 import structlog
@@ -69,6 +70,15 @@ class Pace:
     expire_s: int = 60
     """How long `fence spent, nothing landed` must keep being the answer before the money goes back: a node
     that lags in one of the two answers must not cost the batch twice."""
+
+
+class _Outlook(Enum):
+    """What finality says of a batch whose bytes are signed."""
+
+    OVER = "over"
+    IN_DOUBT = "in doubt"
+    """The fence is spent and nothing is seen to have landed: ask again, send nothing."""
+    OPEN = "open"
 
 
 class Settler:
@@ -129,9 +139,10 @@ class Settler:
             return False if is_halted else await self._sign(batch)
         async with transaction(self._engine) as conn:
             envelopes = await stored_broadcasts(conn, batch.id)
-        if await self._finish(batch, envelopes):
-            return True
-        return False if is_halted else await self._send(batch, envelopes)
+        outlook = await self._finish(batch, envelopes)
+        if outlook is not _Outlook.OPEN or is_halted:
+            return outlook is _Outlook.OVER
+        return await self._send(batch, envelopes)
 
     # ── planning, when somebody asked ─────────────────────────────────────────────────────────────────
 
@@ -265,19 +276,19 @@ class Settler:
 
     # ── ending ────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _finish(self, batch: Batch, envelopes: Sequence[Broadcast]) -> bool:
+    async def _finish(self, batch: Batch, envelopes: Sequence[Broadcast]) -> _Outlook:
         """End the batch if finality says so; the fence is asked first, since finality moves in between."""
         is_spent = await self._rail.is_fence_spent(batch.fence)
         envelope, landed = await self._landed(envelopes)
         if landed is not None and landed.is_success:
             await self._book(batch, Finalized(), envelope, landed)
-            return True
+            return _Outlook.OVER
         if not is_spent:
             self._fence_seen_spent_at = None
-            return False
+            return _Outlook.OPEN
         if landed is not None:
             await self._book(batch, RevertedFact(), envelope, landed)
-            return True
+            return _Outlook.OVER
         return await self._expire_when_sure(batch)
 
     async def _landed(self, envelopes: Sequence[Broadcast]) -> tuple[Broadcast | None, Landed | None]:
@@ -290,14 +301,14 @@ class Settler:
                 failed = envelope, landed
         return failed
 
-    async def _expire_when_sure(self, batch: Batch) -> bool:
+    async def _expire_when_sure(self, batch: Batch) -> _Outlook:
         now = self._clock.now()
         if self._fence_seen_spent_at is None:
             self._fence_seen_spent_at = now
         if now < self._fence_seen_spent_at + timedelta(seconds=self._pace.expire_s):
-            return True  # ask again; never send bytes whose fence is spent
+            return _Outlook.IN_DOUBT
         await self._book(batch, FenceSpent(), None, None)
-        return True
+        return _Outlook.OVER
 
     async def expire_unsigned(self, *, actor: str, reason: str) -> None:
         """End the live batch that was never signed here and whose fence something else spent.

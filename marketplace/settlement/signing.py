@@ -235,8 +235,8 @@ async def store_approval(
         created_at=now,
     )
     await conn.execute(row)
-    if len(on_record) + 1 < batch.threshold:
-        return batch.status
+    if batch.status is Payout.APPROVED or len(on_record) + 1 < batch.threshold:
+        return batch.status  # one more than the threshold changes nothing
     return await move(conn, batch, Approved(), now=now)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Table, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from chain.errors import ChainRefusal, RpcUnavailable, UnknownResult
+from chain.errors import ChainRefusal, RpcUnavailable, UnknownResult, WrongChain
 from chain.networks import Chain
 from chain.payouts import Payout
 from chain.units import Micro
@@ -18,7 +19,7 @@ from marketplace.ledger import accounts as ledger_accounts
 from marketplace.ledger import templates
 from marketplace.ledger.money import Nano
 from marketplace.ledger.posting import post_transfer
-from marketplace.platform.database import transaction
+from marketplace.platform.database import connect, transaction
 from marketplace.settlement import (
     address_book,
     batches,
@@ -26,6 +27,7 @@ from marketplace.settlement import (
     people,
     plan_requests,
     signing,
+    tables,
     withdrawals,
 )
 from marketplace.settlement.errors import (
@@ -34,6 +36,9 @@ from marketplace.settlement.errors import (
     PlanRefused,
     WrongState,
 )
+from marketplace.settlement.service import Schedule, Turn, run_settlers
+from marketplace.settlement.settler import Pace, Settler
+from marketplace.settlement.simulated_rail import Executed
 from marketplace.settlement.withdrawals import Status
 from tests.settlement_parts import NOW, Desk, Stop, run_out
 
@@ -351,3 +356,147 @@ async def test_signed_bytes_and_frozen_lines_cannot_be_changed(desk: Desk) -> No
         with pytest.raises(Exception, match="permission denied"):
             async with transaction(desk.engine) as conn:
                 await conn.execute(text(forbidden))
+
+
+async def test_a_spent_fence_is_doubted_before_the_money_goes_back(desk: Desk) -> None:
+    desk.rail.is_final_at_once = False
+    ann = await desk.operator(40)
+    await desk.request(ann, 40)
+    batch_id = await desk.approved()
+    settler = Settler(desk.engine, desk.rail, desk.clock, pace=Pace(expire_s=60))
+    for _ in range(2):
+        await settler.tick()
+    desk.rail.mine()
+    desk.rail.final_nonce = desk.rail.nonce  # one of two answers lags: spent, but nothing seen to have landed
+    sent = len(desk.rail.sends)
+    for _ in range(3):
+        assert await settler.tick() is False  # no hurry: the service sleeps between two looks
+        desk.clock.pass_s(15)
+    assert (await desk.batch(batch_id)).status is Payout.BROADCAST
+    assert len(desk.rail.sends) == sent
+    desk.rail.finalize()
+    await settler.tick()
+    assert (await desk.batch(batch_id)).status is Payout.FINAL
+
+
+async def test_one_settler_has_the_turn_until_its_connection_ends(desk: Desk, database_url: str) -> None:
+    async with Turn(desk.engine, Chain.BASE) as first, Turn(desk.engine, Chain.BASE) as second:
+        assert await first.is_ours()
+        assert await first.is_ours()
+        assert not await second.is_ours()
+        async with Turn(desk.engine, Chain.SOLANA) as other_chain:
+            assert await other_chain.is_ours()
+        owner = connect(database_url, role=None)
+        async with transaction(owner) as conn:
+            await conn.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+                    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+                )
+            )
+        await owner.dispose()
+        assert await second.is_ours()
+        assert not await first.is_ours()
+
+
+async def test_a_failed_transaction_with_a_spent_fence_gives_the_money_back(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    made = await desk.request(ann, 40)
+    batch_id = await desk.approved()
+    settler = desk.settler()
+    await settler.tick()
+    async with transaction(desk.engine) as conn:
+        (ours,) = await batches.stored_broadcasts(conn, batch_id)
+    digest = json.loads(ours.raw)["digest"]
+    desk.rail.executed[digest] = Executed(
+        ours.tx, 123, is_success=False
+    )  # as Solana: it failed, the nonce moved
+    desk.rail.spend_fence()
+    await settler.tick()
+    ended = await desk.batch(batch_id)
+    assert ended.status is Payout.FAILED
+    assert await desk.posted(ledger_accounts.operator_earnings(str(ann))) == 40 * 10**9
+    assert (await desk.status(ann, made)).status is Status.REQUESTED
+    again = await desk.approved()
+    await run_out(desk, desk.settler())
+    assert (await desk.batch(again)).status is Payout.FINAL
+    assert desk.rail.balances == {desk.address_of(ann): 40_000_000}
+
+
+async def test_the_service_settles_and_stops_when_told(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    await desk.request(ann, 40)
+    stop = asyncio.Event()
+    schedule = Schedule(tick_s=0.01, standby_s=0.01, plan_every_s=3600)
+    running = asyncio.create_task(
+        run_settlers(desk.engine, {Chain.BASE: desk.rail}, desk.clock, stop, schedule=schedule)
+    )
+    for _ in range(500):
+        async with transaction(desk.engine) as conn:
+            made = await batches.listing(conn)
+        if made and made[0].status is Payout.PLANNED:
+            await desk.approve(made[0].id, 0)
+            await desk.approve(made[0].id, 1)
+        if made and made[0].status is Payout.FINAL:
+            break
+        desk.rail.mine()
+        await asyncio.sleep(0.02)
+    stop.set()
+    await asyncio.wait_for(running, 5)
+    assert made[0].status is Payout.FINAL
+    assert made[0].planned_by == "settler"
+
+
+async def test_a_broken_chain_halts_its_payouts(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    await desk.request(ann, 40)
+    batch_id = await desk.approved()
+    desk.rail.send_errors = [WrongChain("another genesis")]
+    stop = asyncio.Event()
+    running = asyncio.create_task(
+        run_settlers(desk.engine, {Chain.BASE: desk.rail}, desk.clock, stop, schedule=Schedule(tick_s=0.01))
+    )
+    for _ in range(500):
+        async with transaction(desk.engine) as conn:
+            why = await halts.halted(conn, Chain.BASE)
+        if why is not None:
+            break
+        await asyncio.sleep(0.02)
+    stop.set()
+    await running
+    assert why == "WrongChain: another genesis"
+    assert (await desk.batch(batch_id)).status is Payout.SIGNED
+
+
+async def test_a_third_approval_changes_nothing(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    await desk.request(ann, 40)
+    batch_id = await desk.approved()
+    assert await desk.approve(batch_id, 1) is Payout.APPROVED
+    await run_out(desk, desk.settler())
+    assert desk.rail.balances == {desk.address_of(ann): 40_000_000}
+
+
+async def test_a_late_approval_is_refused(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    await desk.request(ann, 40)
+    batch_id = await desk.approved()
+    await desk.settler().tick()
+    with pytest.raises(WrongState):
+        await desk.approve(batch_id, 1)
+
+
+async def test_the_tables_are_the_migrations(engine: AsyncEngine) -> None:
+    declared = {t.name: t for t in vars(tables).values() if isinstance(t, Table)}
+    async with engine.connect() as conn:
+        for name, table in declared.items():
+            rows = await conn.execute(
+                text(
+                    "SELECT column_name, is_nullable = 'YES' FROM information_schema.columns"
+                    " WHERE table_name = :name AND table_schema = 'public'"
+                ),
+                {"name": name},
+            )
+            real = {row[0]: row[1] for row in rows}
+            assert real == {c.name: bool(c.nullable) for c in table.columns}, name
+    assert len(declared) == 10

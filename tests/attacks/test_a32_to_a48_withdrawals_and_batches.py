@@ -9,7 +9,12 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.payouts import Payout
+from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
+from marketplace.ledger import templates
+from marketplace.ledger.money import Nano
+from marketplace.ledger.posting import post_transfer
+from marketplace.platform.database import transaction
 from marketplace.settlement.errors import (
     KeyReused,
     NotEligible,
@@ -129,3 +134,24 @@ async def test_a33_parallel_withdrawals_of_everything_one_wins(desk: Desk) -> No
     lost = [o for o in outcomes if isinstance(o, NotEligible)]
     assert (len(won), len(lost)) == (1, 5)
     assert {refusal.code for refusal in lost} == {"earnings"}
+
+
+async def test_a48_dust_is_never_paid_out(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    buyer = ledger_accounts.buyer(str(ann))
+    async with transaction(desk.engine) as conn:
+        mine = ledger_accounts.operator_earnings(str(ann))
+        for debit, credit, nano in ((ledger_accounts.LOSS, buyer, 999), (buyer, mine, 999)):
+            dust = templates.correction(
+                debit=debit, credit=credit, amount=Nano(nano), ref=f"{debit}", note="dust"
+            )
+            await post_transfer(conn, dust)
+    with pytest.raises(NotEligible) as refused:
+        await desk.request(ann, 9)
+    assert refused.value.code == "minimum"
+    everything = await desk.request(ann, None, "all")
+    assert everything.amount == Micro(40_000_000)
+    assert await desk.available(ann) == 999
+    with pytest.raises(NotEligible) as refused:  # what is left can never be drained micro by micro
+        await desk.request(ann, None, "again")
+    assert refused.value.code == "minimum"
