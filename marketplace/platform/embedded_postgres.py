@@ -205,6 +205,11 @@ class EmbeddedPostgres:
         self.stop()
         raise ServerFault(f"PostgreSQL gave no answer within {START_DEADLINE_S} s:\n{tail(self._log)}")
 
+    def forget(self) -> None:
+        """Delete the cluster and all its data; the server must not be running."""
+        self._wait_for_predecessor()
+        shutil.rmtree(self._place.home, ignore_errors=True)
+
     def is_alive(self) -> bool:
         return self._child is not None and self._child.poll() is None
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from uuid import UUID
 
 import aiohttp
 from pydantic import SecretStr
+from sqlalchemy import make_url
 
 from chain.networks import Chain
 from chain.units import parse_usdc
@@ -120,6 +122,8 @@ class Stack:
     prices: tuple[str, str] | None = None
     """(input, output) dollars per million tokens of the demo operator, instead of the model's own."""
     has_node: bool = True
+    is_fresh: bool = False
+    """Begin with an empty book, whatever lies in the folder or on a given server."""
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     people: People | None = None
@@ -156,10 +160,15 @@ class Stack:
 
     async def _start_servers(self) -> None:
         given = os.environ.get("TOLLWAY_DATABASE_URL")
-        if given:
+        if given and self.is_fresh:
+            name = f"tollway_demo_{secrets.token_hex(4)}"
+            self._database_url = make_url(given).set(database=name).render_as_string(hide_password=False)
+        elif given:
             self._database_url = given
         else:
             self._postgres = EmbeddedPostgres(self.folder.root / "postgres")
+            if self.is_fresh:
+                self._postgres.forget()
             self._postgres.start()
             self._database_url = self._postgres.url()
         await database.create_database(self._database_url)
