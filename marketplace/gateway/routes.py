@@ -69,7 +69,7 @@ def _model_out(model: ModelFacts, created: int, offers: list[NodeView]) -> Model
                 node=node.node_id,
                 price_in=dollars(Nano(node.price_in)),
                 price_out=dollars(Nano(node.price_out)),
-                is_healthy=not node.is_draining,
+                is_healthy=node.is_ready and not node.is_draining,
                 running=node.running,
                 capacity=node.capacity,
             )
