@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -62,6 +64,11 @@ def tokenizer_files() -> TokenizerFiles:
 def prompt_tokens(content: str) -> int:
     """What `letters` makes of one user message: two marks, "user\\n", the text, "\\n", the opening."""
     return 2 + len(b"user\n") + len(content.encode()) + len(b"\n") + 1 + len(b"assistant\n")
+
+
+def _public_key() -> str:
+    """A key no other node has; a stub connects as the marketplace's own user and signs nothing."""
+    return "U" + base64.b32encode(secrets.token_bytes(35)).decode()[:55]
 
 
 Reply = Callable[["StubNode", protocol.Request, str], Awaitable[None]]
@@ -158,7 +165,7 @@ class RunningGateway:
                 text(
                     "INSERT INTO nodes (id, operator_id, name, public_key) VALUES (:id, :operator, 'stub', :key)"
                 ),
-                {"id": node.node_id, "operator": self.operator, "key": f"U{identity.hex.upper()}"},
+                {"id": node.node_id, "operator": self.operator, "key": _public_key()},
             )
         await node.start(self.nats)
         self.nodes.append(node)
