@@ -93,6 +93,7 @@ class Desk:
     engine: AsyncEngine
     rail: SimulatedRail = field(default_factory=SimulatedRail)
     clock: SetClock = field(default_factory=SetClock)
+    pusher: str = "bo"
 
     def settler(self, reached: Callable[[str], None] = lambda _: None) -> Settler:
         return Settler(self.engine, self.rail, self.clock, pace=Pace(expire_s=0), reached=reached)
@@ -152,7 +153,7 @@ class Desk:
         )
         async with transaction(self.engine) as conn:
             return await signing.store_approval(
-                conn, self.rail, document, pushed_by="ada", now=self.clock.now()
+                conn, self.rail, document, pushed_by=self.pusher, now=self.clock.now()
             )
 
     async def approved(self) -> UUID:

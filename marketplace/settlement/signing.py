@@ -202,8 +202,8 @@ async def store_approval(
 ) -> Payout:
     """Check an approval against the batch on record and keep it; gives the batch's status then (P7).
 
-    The same approval again changes nothing.  ApprovalRefused for another digest, a stranger's or a false
-    signature; WrongState once the batch is signed or over.
+    The same approval again changes nothing.  ApprovalRefused from whoever planned the batch (A47), for another
+    digest, for a stranger's or a false signature; WrongState once the batch is signed or over.
     """
     try:
         batch = await find_batch(conn, UUID(document.batch))
@@ -212,6 +212,11 @@ async def store_approval(
         raise ApprovalRefused("the approval's batch id or a signature is unreadable") from e
     await lock_chain(conn, batch.chain)
     batch = await find_batch(conn, batch.id)
+    if pushed_by == batch.planned_by:
+        raise ApprovalRefused(
+            f"{pushed_by} planned this batch; another person brings the approvals",
+            code="planner_may_not_approve",
+        )
     if document.chain is not batch.chain or document.digest != batch.digest.hex():
         raise ApprovalRefused("the approval is over another batch: chain or digest differ")
     approval = Approval(document.signer, signatures)

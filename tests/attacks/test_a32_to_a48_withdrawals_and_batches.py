@@ -16,6 +16,7 @@ from marketplace.ledger.money import Nano
 from marketplace.ledger.posting import post_transfer
 from marketplace.platform.database import transaction
 from marketplace.settlement.errors import (
+    ApprovalRefused,
     KeyReused,
     NotEligible,
     PlanRefused,
@@ -155,3 +156,15 @@ async def test_a48_dust_is_never_paid_out(desk: Desk) -> None:
     with pytest.raises(NotEligible) as refused:  # what is left can never be drained micro by micro
         await desk.request(ann, None, "again")
     assert refused.value.code == "minimum"
+
+
+async def test_a47_whoever_planned_a_batch_brings_no_approval(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    await desk.request(ann, 40)
+    batch_id = (await desk.plan()).batch_id
+    desk.pusher = "ada"  # who planned it
+    with pytest.raises(ApprovalRefused) as refused:
+        await desk.approve(batch_id, 0)
+    assert refused.value.code == "planner_may_not_approve"
+    desk.pusher = "bo"
+    assert await desk.approve(batch_id, 0) is Payout.PLANNED

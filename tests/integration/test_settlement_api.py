@@ -85,6 +85,7 @@ class Office:
     desk: Desk
     client: httpx.AsyncClient
     admin: UUID
+    second_admin: UUID
 
     async def call(
         self, method: str, path: str, person: UUID | None, body: Any = None, key: str | None = None
@@ -114,10 +115,11 @@ async def office(engine: AsyncEngine) -> AsyncIterator[Office]:
     )
     app.state.services = Services(engine, settings, CHAINS, desk.clock, signed_in)
     admin = await a_person(engine)
-    signed_in.admins.add(admin)
+    second = await a_person(engine)
+    signed_in.admins.update({admin, second})
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://tollway") as client:
-        yield Office(desk, client, admin)
+        yield Office(desk, client, admin, second)
     await desk.check()
 
 
@@ -252,8 +254,12 @@ async def test_a_batch_is_asked_for_planned_shown_and_exported(office: Office) -
         "signer": CHAINS.base.signers[0],
         "signatures": {"safe_tx_hash": "00" * 65},
     }
-    refused = await office.call("POST", f"/batches/{listed['id']}/approvals", office.admin, forged)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "approval_refused")
+    for person, code in (
+        (office.admin, "planner_may_not_approve"),
+        (office.second_admin, "approval_refused"),
+    ):
+        refused = await office.call("POST", f"/batches/{listed['id']}/approvals", person, forged)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
     elsewhere = await office.call("POST", f"/batches/{uuid7()}/approvals", office.admin, forged)
     assert elsewhere.status_code == 400
 

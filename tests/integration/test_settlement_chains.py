@@ -258,7 +258,7 @@ async def test_an_operator_is_paid_by_two_of_three(engine: AsyncEngine, rig: Rig
                 confirm=lambda review: seen.append(review.total) or True,
             )
             raw = approval.read_bytes()
-            _, status = await commands.approve(engine, rig.chains, clock, raw, pushed_by="ada")
+            _, status = await commands.approve(engine, rig.chains, clock, raw, pushed_by="bo")
         assert seen == [Micro(33_000_000)] * 2
         assert status is Payout.APPROVED
         batch = await until_over(engine, rig, asked.batch_id)
