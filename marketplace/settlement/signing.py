@@ -202,8 +202,8 @@ async def store_approval(
 ) -> Payout:
     """Check an approval against the batch on record and keep it; gives the batch's status then (P7).
 
-    The same approval again changes nothing.  ApprovalRefused from whoever planned the batch (A47), for another
-    digest, for a stranger's or a false signature; WrongState once the batch is signed or over.
+    The same approval again changes nothing.  ApprovalRefused from whoever planned the batch (A47), for
+    another digest, for a stranger's or a false signature; WrongState once the batch is signed or over.
     """
     try:
         batch = await find_batch(conn, UUID(document.batch))
