@@ -97,7 +97,7 @@ def test_a_keystore_gives_its_key_back_to_its_password_only(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("field", "value", "error"),
     [
-        ("address", str(Keypair().pubkey()), keystore.WrongPassword),
+        ("address", str(Keypair.from_seed(bytes(32)).pubkey()), keystore.WrongPassword),
         ("sealed", "00" * 48, keystore.WrongPassword),
         ("sealed", "zz", keystore.BadKeystore),
         ("scrypt_n", 2**40, keystore.BadKeystore),
