@@ -45,7 +45,7 @@ from node_agent import protocol
 from node_agent.protocol import Accepted, ChoiceDelta, Delta, End, Failed, FailureCode, Heartbeat, NodeId
 
 SECRET = "s" * 40
-SHORT = Limits(accept_ms=300, first_token_ms=500, idle_ms=400, wall_ms=1_500)
+SHORT = Limits(accept_ms=800, first_token_ms=1_200, idle_ms=800, wall_ms=2_000)
 
 
 # -- servers and people
@@ -105,7 +105,7 @@ class _Prices:
 
 @pytest.fixture
 async def service(settings: Settings, engine: AsyncEngine) -> AsyncIterator[FabricService]:
-    service = FabricService(settings, engine, _Prices(), limits=SHORT)
+    service = FabricService(settings, engine, _Prices())
     await service.start()
     try:
         yield service
@@ -340,6 +340,7 @@ class _Node:
         await self.client.subscribe(protocol.request_subject(self.node_id), cb=requested)
         await self.client.subscribe(protocol.control_subject(self.node_id), cb=controlled)
         await self.client.flush()
+        await self.client.flush()  # nats-py's first ping may overtake the subscriptions
 
     async def taken(self) -> tuple[protocol.Request, str]:
         return await asyncio.wait_for(self.requests.get(), 5)
@@ -487,6 +488,7 @@ async def test_a_nodes_own_failure_is_told_with_its_code(service: FabricService,
 async def test_silence_is_an_error_that_names_its_limit(
     service: FabricService, node: _Node, frames: list[protocol.Frame], limit: str
 ) -> None:
+    service.nodes.limits = SHORT
     request = a_request()
     async with service.nodes.request(node.node_id, request) as reply:
         _, subject = await node.taken()
@@ -500,6 +502,7 @@ async def test_silence_is_an_error_that_names_its_limit(
 async def test_a62_heartbeats_bridge_silence_but_neither_the_first_token_nor_the_wall(
     service: FabricService, node: _Node
 ) -> None:
+    service.nodes.limits = SHORT
     cases = (
         (True, [Accepted(0)], "first_token"),
         (True, [Accepted(0), delta(1)], "wall"),
@@ -533,7 +536,7 @@ async def test_a_node_that_is_not_connected_is_known_at_once(
     async with service.nodes.request(absent, a_request()) as reply:
         with pytest.raises(NodeAbsent):
             await anext(reply)
-    assert time.monotonic() - began < SHORT.accept_ms / 1000
+    assert time.monotonic() - began < protocol.ACCEPT_MS_MAX / 1000 / 2
 
 
 async def test_a_slow_consumer_slows_the_node(service: FabricService, node: _Node) -> None:
@@ -598,6 +601,7 @@ async def test_one_node_cannot_answer_for_another(
 
 
 async def test_a63_a_node_that_dies_mid_stream_is_noticed(service: FabricService, node: _Node) -> None:
+    service.nodes.limits = SHORT
     async with service.nodes.request(node.node_id, a_request()) as reply:
         _, subject = await node.taken()
         await node.say(subject, Accepted(0), delta(1))
