@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,43 +50,15 @@ SHORT = Limits(accept_ms=800, first_token_ms=1_200, idle_ms=800, wall_ms=2_000)
 # -- servers and people
 
 
-def _with_nonces(configuration: Callable[..., str], public_key: str) -> Callable[..., str]:
-    """nats-server sends nonces once an nkey user exists; harmless where the product's own has one."""
-
-    def written(*arguments: object) -> str:
-        found = configuration(*arguments)
-        if "nkey:" in found:
-            return found
-        return re.sub(r"(AUTH \{ users: \[ \{[^}]*\})", rf'\1, {{ nkey: "{public_key}" }}', found)
-
-    return written
-
-
-@pytest.fixture(scope="module")
-def fabric_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedNats]:
-    folder = tmp_path_factory.mktemp("fabric-nats")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            embedded_nats, "_configuration", _with_nonces(embedded_nats._configuration, _Key().public_key)
-        )
-        credentials = embedded_nats.load_or_make_credentials(folder / "secrets")
-        server = EmbeddedNats(folder / "nats", free_port(), credentials)
-        server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
 @pytest.fixture
-def settings(fabric_nats: EmbeddedNats, database_url: str) -> Settings:
+def settings(nats_server: EmbeddedNats, database_url: str) -> Settings:
     return Settings(
         environment=Environment.DEVELOPMENT,
         data_dir=Path("unused"),
         database_url=SecretStr(database_url),
-        nats_url=fabric_nats.url,
-        nats_password=SecretStr(fabric_nats.credentials.password),
-        nats_issuer_seed=SecretStr(fabric_nats.credentials.issuer_seed),
+        nats_url=nats_server.url,
+        nats_password=SecretStr(nats_server.credentials.password),
+        nats_issuer_seed=SecretStr(nats_server.credentials.issuer_seed),
         secret=SecretStr(SECRET),
     )
 
@@ -207,23 +178,23 @@ async def knock(url: str, options: Callable[[str], dict[str, object]]) -> str:
 
 
 async def test_an_enrolled_key_connects_and_an_unknown_one_does_not(
-    service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
     key = _Key()
     await enrolled(engine, key)
-    assert await knock(fabric_nats.url, key.answer) == "PONG"
-    assert "Authorization Violation" in await knock(fabric_nats.url, _Key().answer)
+    assert await knock(nats_server.url, key.answer) == "PONG"
+    assert "Authorization Violation" in await knock(nats_server.url, _Key().answer)
 
 
 async def test_nobody_connects_without_a_key_or_with_a_guessed_password(
-    service: FabricService, fabric_nats: EmbeddedNats
+    service: FabricService, nats_server: EmbeddedNats
 ) -> None:
     for options in ({}, {"user": "marketplace", "pass": "guess"}, {"auth_token": "guess"}):
-        assert "Authorization Violation" in await knock(fabric_nats.url, lambda _nonce, o=options: dict(o))
+        assert "Authorization Violation" in await knock(nats_server.url, lambda _nonce, o=options: dict(o))
 
 
 async def test_a82_a_recorded_signature_does_not_open_a_second_connection(
-    service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
     key = _Key()
     await enrolled(engine, key)
@@ -233,29 +204,29 @@ async def test_a82_a_recorded_signature_does_not_open_a_second_connection(
         recorded.update(key.answer(nonce))
         return recorded
 
-    assert await knock(fabric_nats.url, record) == "PONG"
-    assert "Authorization Violation" in await knock(fabric_nats.url, lambda _nonce: recorded)
+    assert await knock(nats_server.url, record) == "PONG"
+    assert "Authorization Violation" in await knock(nats_server.url, lambda _nonce: recorded)
 
 
 async def test_a82_another_nodes_public_key_does_not_help(
-    service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
     known, unknown = _Key(), _Key()
     await enrolled(engine, known)
     stolen = lambda nonce: {**unknown.answer(nonce), "nkey": known.public_key}  # noqa: E731
-    assert "Authorization Violation" in await knock(fabric_nats.url, stolen)
+    assert "Authorization Violation" in await knock(nats_server.url, stolen)
 
 
 # -- what a node may do
 
 
 async def test_a_node_can_neither_hear_another_node_nor_speak_for_it(
-    service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
     one, two = _Key(), _Key()
     node_one, node_two = await enrolled(engine, one), await enrolled(engine, two)
     errors: list[Exception] = []
-    client = await connect(fabric_nats, one, errors)
+    client = await connect(nats_server, one, errors)
     heard: list[nats.aio.msg.Msg] = []
 
     async def hear(message: nats.aio.msg.Msg) -> None:
@@ -284,12 +255,12 @@ async def test_a_node_can_neither_hear_another_node_nor_speak_for_it(
 
 
 async def test_a82_a_newer_connection_of_a_node_cuts_the_older(
-    service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
     key = _Key()
     await enrolled(engine, key)
-    older = await connect(fabric_nats, key)
-    newer = await connect(fabric_nats, key)
+    older = await connect(nats_server, key)
+    newer = await connect(nats_server, key)
     try:
         await eventually(lambda: older.is_closed)
         assert newer.is_connected
@@ -299,12 +270,12 @@ async def test_a82_a_newer_connection_of_a_node_cuts_the_older(
 
 
 async def test_revocation_cuts_a_live_connection_within_five_seconds_and_for_ever(
-    service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
     key = _Key()
     operator = await an_operator(engine)
     node_id = await enrolled(engine, key, operator)
-    client = await connect(fabric_nats, key)
+    client = await connect(nats_server, key)
     async with transaction(engine) as connection:
         assert await enrolment.revoke(
             connection, operator_id=operator, node_id=node_id, now=datetime.now(UTC)
@@ -313,7 +284,7 @@ async def test_revocation_cuts_a_live_connection_within_five_seconds_and_for_eve
         assert await eventually(lambda: client.is_closed) < 5
     finally:
         await client.close()
-    assert "Authorization Violation" in await knock(fabric_nats.url, key.answer)
+    assert "Authorization Violation" in await knock(nats_server.url, key.answer)
     with pytest.raises(enrolment.KeyRefused):
         await enrolled(engine, key, operator)
 
@@ -361,11 +332,11 @@ class _Node:
 
 @pytest.fixture
 async def node(
-    service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> AsyncIterator[_Node]:
     key = _Key()
     node_id = await enrolled(engine, key)
-    node = _Node(node_id, await connect(fabric_nats, key))
+    node = _Node(node_id, await connect(nats_server, key))
     await node.start()
     try:
         yield node
@@ -580,12 +551,12 @@ async def test_cancel_by_request_id_ends_the_readers_loop(service: FabricService
 
 
 async def test_one_node_cannot_answer_for_another(
-    service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats, node: _Node
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats, node: _Node
 ) -> None:
     errors: list[Exception] = []
     key = _Key()
     await enrolled(engine, key)
-    other = await connect(fabric_nats, key, errors)
+    other = await connect(nats_server, key, errors)
     try:
         async with service.nodes.request(node.node_id, a_request()) as reply:
             _, subject = await node.taken()
@@ -654,12 +625,12 @@ async def test_a_lost_server_fails_what_is_under_way_and_comes_back(
         server.stop()
 
 
-def test_the_client_runs_on_the_gateways_event_loop(fabric_nats: EmbeddedNats) -> None:
-    password = fabric_nats.credentials.password
+def test_the_client_runs_on_the_gateways_event_loop(nats_server: EmbeddedNats) -> None:
+    password = nats_server.credentials.password
 
     async def ask() -> list[type]:
-        gateway = Connection(fabric_nats.url, user="marketplace", password=password, name="gateway")
-        node = Connection(fabric_nats.url, user="marketplace", password=password, name="node")
+        gateway = Connection(nats_server.url, user="marketplace", password=password, name="gateway")
+        node = Connection(nats_server.url, user="marketplace", password=password, name="node")
         await gateway.start()
         await node.start()
 
@@ -682,8 +653,8 @@ def test_the_client_runs_on_the_gateways_event_loop(fabric_nats: EmbeddedNats) -
     assert uvloop.run(ask()) == [Accepted, Delta, End]
 
 
-async def test_a_wrong_password_is_a_typed_error_in_time(fabric_nats: EmbeddedNats) -> None:
-    connection = Connection(fabric_nats.url, user="marketplace", password="wrong", name="test")
+async def test_a_wrong_password_is_a_typed_error_in_time(nats_server: EmbeddedNats) -> None:
+    connection = Connection(nats_server.url, user="marketplace", password="wrong", name="test")
     with pytest.raises(FabricUnavailable, match="marketplace"):
         await connection.start(deadline_s=1)
 
@@ -692,12 +663,12 @@ async def test_a_wrong_password_is_a_typed_error_in_time(fabric_nats: EmbeddedNa
 
 
 async def test_statuses_make_offers_and_revocation_ends_them(
-    service: FabricService, engine: AsyncEngine, fabric_nats: EmbeddedNats
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
     key = _Key()
     operator = await an_operator(engine)
     node_id = await enrolled(engine, key, operator)
-    client = await connect(fabric_nats, key)
+    client = await connect(nats_server, key)
 
     def status(seq: int) -> bytes:
         model = protocol.ModelStatus("m", context=2048, price_in=100, price_out=200, capacity=4)
