@@ -178,6 +178,7 @@ class Gateway:
             stack.push_async_callback(self.poster.close)
             await self.fabric.start()
             stack.push_async_callback(self.fabric.stop)
+            stack.push_async_callback(self.chat.close)
             yield
 
 
@@ -202,8 +203,8 @@ async def serve(settings: Settings) -> None:
             lifespan="off",
             log_config=None,
             access_log=False,
-            proxy_headers=False,  # X-Forwarded-For is believed by our own rule only (A84)
             server_header=False,
+            proxy_headers=False,  # ours decide whose X-Forwarded-For counts (A84)
             timeout_keep_alive=75,
             timeout_graceful_shutdown=DRAIN_S,
             backlog=2048,
