@@ -22,7 +22,7 @@ down: ## end what `make up` started
 	@exec $(BIN)/tollway down
 
 test: setup check ## every check and every test, with the real vLLM
-	@exec $(BIN)/pytest
+	@exec $(BIN)/pytest -n 2 --dist loadgroup --durations 15
 
 check: ## format, lint, types, import rules, tidy
 	@$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from pytest_socket import socket_allow_hosts
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -21,10 +22,15 @@ from marketplace.platform.processes import free_port
 
 def pytest_runtest_setup() -> None:
     """Close every socket but loopback's."""
-    from pytest_socket import disable_socket, socket_allow_hosts
-
-    del disable_socket
     socket_allow_hosts(["127.0.0.1", "::1"], allow_unix_socket=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests with a real engine on one worker, first: they take longest and two engines starve."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group("engine"))
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
 
 
 @pytest.fixture(scope="session")
