@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -42,7 +41,7 @@ SECRET = "s" * 40
 PRICE_IN, PRICE_OUT = 1_000_000_000, 2_000_000_000
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
+    "{{ '<|im_start|>assistant\n' }}"
 )
 
 
@@ -57,13 +56,12 @@ def letters_tokenizer() -> Tokenizer:
 
 
 def tokenizer_files() -> TokenizerFiles:
-    raw = letters_tokenizer().to_str().encode()
-    return TokenizerFiles(hashlib.sha256(raw).hexdigest(), raw, CHATML, {})
+    return TokenizerFiles(letters_tokenizer().to_str().encode(), CHATML, {})
 
 
 def prompt_tokens(content: str) -> int:
     """What `letters` makes of one user message: two marks, "user\\n", the text, "\\n", the opening."""
-    return 2 + len(b"user\n") + len(content.encode()) + len(b"\n") + 1 + len(b"assistant\n")
+    return len(["<s>", *b"user\n", *content.encode(), "</s>", *b"\n", "<s>", *b"assistant\n"])
 
 
 def _public_key() -> str:
@@ -85,6 +83,7 @@ class StubNode:
     requests: list[protocol.Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     connection: Any = None
+    answering: set[asyncio.Future[None]] = field(default_factory=set)
 
     async def start(self, server: EmbeddedNats) -> None:
         self.connection = await nats.connect(
@@ -96,7 +95,9 @@ class StubNode:
     async def _on_request(self, message: Any) -> None:
         request = protocol.decode_request(message.data)
         self.requests.append(request)
-        asyncio.ensure_future(self.answer(self, request, message.reply))
+        task = asyncio.ensure_future(self.answer(self, request, message.reply))
+        self.answering.add(task)
+        task.add_done_callback(self.answering.discard)
 
     async def _on_control(self, message: Any) -> None:
         control = protocol.decode_control(message.data)
@@ -163,7 +164,8 @@ class RunningGateway:
         async with self.owner.begin() as connection:
             await connection.execute(
                 text(
-                    "INSERT INTO nodes (id, operator_id, name, public_key) VALUES (:id, :operator, 'stub', :key)"
+                    "INSERT INTO nodes (id, operator_id, name, public_key) "
+                    "VALUES (:id, :operator, 'stub', :key)"
                 ),
                 {"id": node.node_id, "operator": self.operator, "key": _public_key()},
             )

@@ -1,7 +1,7 @@
 """Models and their tokenizers.
 
 A model's tokenizer and chat template are stored in the book, named by their digest, so that every
-gateway counts with the same bytes and an operator can compare.  Tiers carry the platform's default
+gateway counts with the same bytes.  Tiers carry the platform's default
 prices (R8); the tier is explicit per model, only suggested from its size.
 """
 
@@ -22,6 +22,10 @@ from marketplace.catalog.tables import models, tokenizers
 
 TOKENIZER_BYTES_MAX: Final = 64 * 1024 * 1024
 TEMPLATE_CHARACTERS_MAX: Final = 256 * 1024
+SPECIAL_TOKENS: Final = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+"""What transformers hands to a template by name."""
 
 
 class CatalogError(Exception):
@@ -71,12 +75,18 @@ def suggest_tier(parameters_billion: int) -> Tier:
 class TokenizerFiles:
     """What counting needs of a model, by value."""
 
-    sha256: str
-    """Of tokenizer.json, as operators' agents report it."""
     tokenizer: bytes
+    """The bytes of tokenizer.json."""
     chat_template: str
     special_tokens: dict[str, str]
     """Names a template may use: bos_token, eos_token, …"""
+
+    @property
+    def sha256(self) -> str:
+        """The digest of all of it, by which it is stored: models share tokenizers, not always templates."""
+        digest = hashlib.sha256(hashlib.sha256(self.tokenizer).digest())
+        digest.update(json.dumps([self.chat_template, self.special_tokens], sort_keys=True).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +110,7 @@ def read_model_folder(folder: Path) -> tuple[TokenizerFiles, int]:
     except (OSError, ValueError) as e:
         raise CatalogError(f"{folder} is not a model folder: {e}") from e
     template = described.get("chat_template")
-    if not isinstance(template, str) and (folder / "chat_template.jinja").exists():
+    if (folder / "chat_template.jinja").exists():  # which outranks the older place, as in transformers
         template = (folder / "chat_template.jinja").read_text()
     if not isinstance(template, str):
         raise CatalogError(f"{folder} has no chat template")
@@ -108,28 +118,29 @@ def read_model_folder(folder: Path) -> tuple[TokenizerFiles, int]:
         raise CatalogError(f"{folder}: tokenizer or template is too large")
     special = {
         name: value if isinstance(value, str) else str(value["content"])
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        for name in SPECIAL_TOKENS
         if (value := described.get(name))
     }
     context = int(configuration.get("max_position_embeddings", 2048))
-    return TokenizerFiles(hashlib.sha256(tokenizer).hexdigest(), tokenizer, template, special), context
+    return TokenizerFiles(tokenizer, template, special), context
 
 
 async def add_model(
     connection: AsyncConnection, *, name: str, tier: Tier, context: int, files: TokenizerFiles
 ) -> None:
     """Put a model on offer, or change its entry; operators may then serve it under `name`."""
+    sha256 = files.sha256
     await connection.execute(
         insert(tokenizers)
         .values(
-            sha256=files.sha256,
+            sha256=sha256,
             tokenizer=files.tokenizer,
             chat_template=files.chat_template,
             special_tokens=json.dumps(files.special_tokens),
         )
         .on_conflict_do_nothing()
     )
-    entry = {"tier": tier.value, "context": context, "tokenizer_sha256": files.sha256, "retired_at": None}
+    entry = {"tier": tier.value, "context": context, "tokenizer_sha256": sha256, "retired_at": None}
     await connection.execute(
         insert(models).values(name=name, **entry).on_conflict_do_update(index_elements=["name"], set_=entry)
     )
@@ -147,8 +158,11 @@ async def list_models(connection: AsyncConnection) -> list[Model]:
 
 
 async def load_tokenizer(connection: AsyncConnection, sha256: str) -> TokenizerFiles:
-    """Read a tokenizer by digest; CatalogError if the stored bytes do not have it."""
-    row = (await connection.execute(select(tokenizers).where(tokenizers.c.sha256 == sha256))).one()
-    if hashlib.sha256(row.tokenizer).hexdigest() != sha256:
+    """Read a tokenizer by digest; CatalogError if there is none, or its bytes are others."""
+    row = (await connection.execute(select(tokenizers).where(tokenizers.c.sha256 == sha256))).one_or_none()
+    if row is None:
+        raise CatalogError(f"no tokenizer {sha256} is stored")
+    files = TokenizerFiles(row.tokenizer, row.chat_template, json.loads(row.special_tokens))
+    if files.sha256 != sha256:
         raise CatalogError(f"the stored tokenizer {sha256} has other bytes")
-    return TokenizerFiles(sha256, row.tokenizer, row.chat_template, json.loads(row.special_tokens))
+    return files

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from marketplace.catalog.models import Model, TokenizerFiles, list_models, load_tokenizer
 
 REFRESH_S: Final = 3
+_log = logging.getLogger(__name__)
 
 Counter = TypeVar("Counter")
 
@@ -33,9 +36,10 @@ class Shelf(Generic[Counter]):
         self._task = asyncio.create_task(self._keep_fresh(), name="catalogue")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._task, *self._counters.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def refresh(self) -> None:
         async with self._engine.connect() as connection:
@@ -46,8 +50,8 @@ class Shelf(Generic[Counter]):
             await asyncio.sleep(REFRESH_S)
             try:
                 await self.refresh()
-            except Exception:  # noqa: BLE001, S112 - a database that is away leaves the last known models
-                continue
+            except (SQLAlchemyError, OSError) as e:  # the last known models stay
+                _log.warning("the catalogue cannot be read: %s", type(e).__name__)
 
     def model(self, name: str) -> Model | None:
         return self._models.get(name)
@@ -59,7 +63,7 @@ class Shelf(Generic[Counter]):
         """Give the counter of a model on the shelf, loading it at first use; KeyError if there is none."""
         model = self._models[name]
         task = self._counters.get(model.tokenizer_sha256)
-        if task is None or (task.done() and task.exception() is not None):
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.create_task(self._load(model.tokenizer_sha256))
             self._counters[model.tokenizer_sha256] = task
         return task.result() if task.done() else await asyncio.shield(task)

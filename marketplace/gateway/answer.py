@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
+from marketplace.metering.counting import Written
 from node_agent.protocol import ChoiceDelta, Delta, End, TokenLogprob, ToolCallDelta
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -96,23 +97,40 @@ def _tool_calls_out(calls: list[ToolCallDelta]) -> list[dict[str, Any]]:
     return out
 
 
-class Answer:
-    """One request's answer as it grows."""
+def _whole_calls(calls: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": call["id"] or f"call-{at}",
+            "type": "function",
+            "function": {"name": call["name"], "arguments": call["arguments"]},
+        }
+        for at, call in sorted(calls.items())
+    ]
 
-    def __init__(self, *, request_id: str, model: str, created_s: int) -> None:
+
+class ChoiceUnknown(Exception):
+    """The node answers a choice nobody asked for."""
+
+
+class Answer:
+    """One request's answer as it grows; `choices` is how many were asked for (`n`)."""
+
+    def __init__(self, *, request_id: str, model: str, created_s: int, choices: int) -> None:
         self.request_id = request_id
+        self._asked = choices
         self._model = model
         self._created_s = created_s
         self._choices: dict[int, _Choice] = {}
         self.prompt_reported: int | None = None
         self.completion_reported: int | None = None
         self.has_begun = False
-        """A part of the answer came from the node: from here on another node cannot take over."""
-        self.is_complete = False
+        """A part of the answer came from the node."""
 
     def take(self, frame: Delta) -> None:
-        """Add a frame's content to the record."""
-        self.has_begun = True
+        """Add a frame's content to the record; ChoiceUnknown, before anything is added, for a stray one."""
+        if any(delta.index >= self._asked for delta in frame.choices):
+            raise ChoiceUnknown
+        self.has_begun = self.has_begun or bool(frame.choices)
         if frame.prompt_tokens is not None:
             self.prompt_reported = frame.prompt_tokens
         if frame.completion_tokens is not None:
@@ -121,8 +139,7 @@ class Answer:
             self._take_choice(delta)
 
     def finish(self, frame: End) -> None:
-        """Note the node's closing word and its final counts."""
-        self.is_complete = True
+        """Note the node's final counts."""
         if frame.prompt_tokens is not None:
             self.prompt_reported = frame.prompt_tokens
         if frame.completion_tokens is not None:
@@ -150,9 +167,11 @@ class Answer:
             choice.stop_reason = delta.stop_reason
 
     @property
-    def finished(self) -> int:
-        """How many choices have ended."""
-        return sum(choice.finish_reason is not None for choice in self._choices.values())
+    def is_whole(self) -> bool:
+        """Every choice asked for has ended."""
+        return len(self._choices) == self._asked and all(
+            choice.finish_reason is not None for choice in self._choices.values()
+        )
 
     @property
     def finish_reason(self) -> str | None:
@@ -160,15 +179,19 @@ class Answer:
         first = self._choices.get(0)
         return None if first is None else first.finish_reason
 
-    def written(self) -> list[tuple[list[int], str, bool, bool]]:
-        """Give per choice: (token ids, everything said as text, were all ids told, was it cut at a stop)."""
-        out = []
-        for choice in self._choices.values():
-            calls = "".join(str(call["name"]) + str(call["arguments"]) for call in choice.tool_calls.values())
-            text = "".join(choice.reasoning) + "".join(choice.text) + calls
-            is_plain = not choice.reasoning and not choice.tool_calls
-            out.append((choice.ids, text, choice.has_all_ids and is_plain, choice.stop_reason is not None))
-        return out
+    def written(self) -> list[Written]:
+        """Give what each choice said, to be counted."""
+        return [
+            Written(
+                ids=choice.ids,
+                text="".join(choice.text),
+                reasoning="".join(choice.reasoning),
+                calls=[call["name"] + call["arguments"] for call in choice.tool_calls.values()],
+                has_all_ids=choice.has_all_ids,
+                stop_reason=choice.stop_reason,
+            )
+            for choice in self._choices.values()
+        ]
 
     def chunk(self, frame: Delta, usage: UsageOut | None = None) -> bytes:
         """Write a frame as SSE events: one per engine event, the usage on the last."""
@@ -209,18 +232,13 @@ class Answer:
         choices = []
         for index in sorted(self._choices):
             choice = self._choices[index]
-            message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text)}
+            text = "".join(choice.text)
+            message: dict[str, Any] = {"role": "assistant", "content": text}
             if choice.reasoning:
                 message["reasoning_content"] = "".join(choice.reasoning)
             if choice.tool_calls:
-                message["tool_calls"] = [
-                    {
-                        "id": call["id"],
-                        "type": "function",
-                        "function": {"name": call["name"], "arguments": call["arguments"]},
-                    }
-                    for _, call in sorted(choice.tool_calls.items())
-                ]
+                message["content"] = text or None
+                message["tool_calls"] = _whole_calls(choice.tool_calls)
             choices.append(
                 {
                     "index": index,

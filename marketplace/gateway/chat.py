@@ -4,11 +4,11 @@ key → limits → parse and bound → choose nodes → authorise from the lease
 → last byte.  The law:
 
 * nothing leaves for a node before its worst-case cost is covered by a lease in the database (V1);
-* another node may take over only before the first part of an answer (at most two retries, same hold,
-  same price ceiling);
+* another node may take over only while the buyer has seen nothing (at most two retries, same hold, same
+  price ceiling); whoever does not stream has seen nothing until the end, and pays for no broken attempt;
 * the last byte waits for the commit of the charge, so bytes delivered mean a usage row (V6);
-* a buyer who leaves pays for what was delivered, and the node is told to stop;
-* prompts and completions are never logged.
+* a buyer who leaves pays for what had come by then, and the node is told to stop;
+* prompts and completions are never logged, nor is the text of any error that might quote them.
 """
 
 from __future__ import annotations
@@ -20,33 +20,31 @@ import hmac
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
-from marketplace.fabric.errors import FabricUnavailable, ProtocolBroken, RequestBroken
+from marketplace.accounts.errors import KeysUnavailable
+from marketplace.fabric.errors import FabricUnavailable, NodeFailed, ProtocolBroken, RequestBroken
 from marketplace.fabric.node_client import AnswerFrame, NodeClient
-from marketplace.fabric.node_ids import node_uuid
 from marketplace.gateway import metrics
-from marketplace.gateway.answer import DONE, Answer, UsageOut, encode, error_event
-from marketplace.gateway.ports import Keys, LedgerAccounts, Shelf
-from marketplace.gateway.requests import ChatRequest, engine_body, parse_chat, template_messages
+from marketplace.gateway.answer import DONE, Answer, ChoiceUnknown, encode, error_event
+from marketplace.gateway.billing import BIG_TEXT_BYTES, Billing
+from marketplace.gateway.ports import Keys, LedgerAccounts, ModelFacts, Shelf
+from marketplace.gateway.requests import ChatRequest, engine_body, known_messages, parse_chat
 from marketplace.gateway.responder import BuyerGone, Headers, Responder
-from marketplace.ledger.charges import Charge
-from marketplace.ledger.errors import InsufficientFunds, LedgerError, LedgerFault
-from marketplace.ledger.lease_book import Hold
+from marketplace.gateway.session import Session
+from marketplace.ledger.errors import InsufficientFunds, LedgerError, LedgerFault, UnknownResult
 from marketplace.ledger.lease_keeper import LeaseKeeper
-from marketplace.ledger.money import ZERO, Nano, cost, dollars, split
+from marketplace.ledger.money import Nano, dollars
 from marketplace.ledger.poster import Poster
 from marketplace.metering.counting import PromptRefused, TokenCounter
-from marketplace.metering.settlement import Usage, affordable_tokens, hold_for, settle
+from marketplace.metering.settlement import affordable_tokens, hold_for
 from marketplace.platform.clock import Clock
 from marketplace.platform.http import Refusal
 from marketplace.platform.ids import uuid7
-from marketplace.platform.limits import RateLimits, Rule, Taken, client_address
+from marketplace.platform.limits import RateLimits, Rule, client_address
 from marketplace.routing.choice import (
     NO_PREFERENCES,
-    Decision,
     NodeView,
     Preferences,
     Question,
@@ -55,42 +53,19 @@ from marketplace.routing.choice import (
     summary,
 )
 from marketplace.routing.registry import Outcome, Registry
-from node_agent.protocol import VERSION, WALL_MS_MAX, Delta, End, Request
+from node_agent.protocol import VERSION, WALL_MS_MAX, Delta, End, FailureCode, Request
 
 _log = logging.getLogger(__name__)
+_chance = secrets.SystemRandom()
 
-BIG_TEXT_CHARACTERS: Final = 16_384
-"""Counting more than this (about 8 ms) leaves the event loop for a thread."""
 NODES_RETRY_AFTER_S: Final = 5
 LEDGER_RETRY_AFTER_S: Final = 2
 EXPECTED_COMPLETION_TOKENS: Final = 256
 """Where the buyer names no limit: in which proportion a node's two prices matter."""
 BUYER_LEFT: Final = 499
 """Status of a usage row whose buyer closed the connection; nginx' number for it."""
-
-
-@dataclass(slots=True)
-class Session:
-    """One request's facts, filled in as it is served."""
-
-    request_id: UUID
-    started: float
-    """Monotonic seconds."""
-    key_id: UUID | None = None
-    person_id: UUID | None = None
-    buyer: int = 0
-    model: str = ""
-    is_stream: bool = False
-    prompt_tokens: int = 0
-    max_tokens: int = 0
-    clamped_from: int | None = None
-    hold: Hold | None = None
-    node: NodeView | None = None
-    decision: Decision | None = None
-    answer: Answer | None = None
-    first_delta: float | None = None
-    taken: Taken | None = None
-    held_back: list[Delta] = field(default_factory=list)
+ENGINE_WORDS_MAX: Final = 300
+DRAIN_S_MAX: Final = 10
 
 
 class ChatService:
@@ -117,78 +92,124 @@ class ChatService:
         self._registry = registry
         self._nodes = nodes
         self._keeper = keeper
-        self._poster = poster
         self._accounts = accounts
         self._clock = clock
         self._secret = secret
         self._trusted_proxies = trusted_proxies
+        self._billing = Billing(poster=poster, keeper=keeper, accounts=accounts, clock=clock)
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def close(self) -> None:
+        """Let what is being served end, and post what it costs; before the poster and the keeper close."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), DRAIN_S_MAX)
+        except TimeoutError:
+            _log.warning("%d requests did not end", self._in_flight)
+        await self._billing.close()
 
     async def serve(self, responder: Responder) -> None:
         """Answer one request; every way out has an answer in OpenAI's shape."""
         session = Session(uuid7(), self._clock.monotonic())
+        self._in_flight += 1
+        self._idle.clear()
         metrics.IN_FLIGHT.inc()
+        try:
+            await self._serve_guarded(responder, session)
+        finally:
+            if session.hold is not None:
+                self._keeper.release(session.hold)
+            metrics.IN_FLIGHT.dec()
+            metrics.REQUESTS.labels(status=str(session.status)).inc()
+            metrics.SECONDS.observe(self._clock.monotonic() - session.started)
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def _serve_guarded(self, responder: Responder, session: Session) -> None:
         try:
             await self._serve(responder, session)
         except Refusal as refusal:
-            await self._record_failure(session, refusal.status, refusal.code)
-            responder.answer(refusal.status, self._refusal_headers(session, refusal), encode(refusal.body()))
+            await self._billing.record_refusal(session, status=refusal.status, code=refusal.code)
+            self._refuse(responder, session, refusal)
         except BuyerGone:
-            pass  # settled where it was noticed
-        except LedgerFault as e:
-            _log.warning("request %s: the ledger is away: %s", session.request_id, e)
-            self._refuse_late(responder, session, Refusal(
+            session.status = BUYER_LEFT
+            await self._billing.record_refusal(session, status=BUYER_LEFT, code="buyer_left")
+        except UnknownResult:
+            self._refuse(responder, session, Refusal(
+                503, "charge_unconfirmed",
+                f"the answer is complete, but its charge is not confirmed yet; request {session.request_id} "
+                "will show in your usage once it is",
+            ))  # fmt: skip
+        except (LedgerFault, KeysUnavailable) as e:
+            _log.warning("request %s: %s", session.request_id, type(e).__name__)
+            self._refuse(responder, session, Refusal(
                 503, "ledger_unavailable", "billing is briefly unavailable; try again",
                 retry_after_s=LEDGER_RETRY_AFTER_S,
             ))  # fmt: skip
-        except Exception:  # the last line of defence: no buyer is left without an answer
-            _log.exception("request %s failed", session.request_id)
-            self._refuse_late(
-                responder, session, Refusal(500, "internal_error", "an error of ours; it is logged")
-            )
-        finally:
-            if session.hold is not None:
-                self._keeper.release(session.hold)  # harmless once its charge is posted
-            metrics.IN_FLIGHT.dec()
-            metrics.SECONDS.observe(self._clock.monotonic() - session.started)
+        except asyncio.CancelledError:
+            await self._stopped(responder, session)
+            raise
+        except Exception as e:  # the last line of defence: no buyer is left without an answer
+            _log.error("request %s failed", session.request_id, exc_info=_without_text(e))
+            self._refuse(responder, session, Refusal(500, "internal_error", "an error of ours; it is logged"))
 
-    def _refuse_late(self, responder: Responder, session: Session, refusal: Refusal) -> None:
+    def _refuse(self, responder: Responder, session: Session, refusal: Refusal) -> None:
         """Refuse, whether or not the stream has begun."""
-        if session.is_stream and session.answer is not None and session.answer.has_begun:
+        session.status = refusal.status
+        if session.has_streamed:
             responder.end(error_event(refusal.body()))
         else:
             responder.answer(refusal.status, self._refusal_headers(session, refusal), encode(refusal.body()))
+
+    async def _stopped(self, responder: Responder, session: Session) -> None:
+        """This gateway is stopping and has no time left: bill what was delivered, and say so."""
+        refusal = Refusal(503, "gateway_stopping", "this gateway is stopping; try again", retry_after_s=1)
+        with contextlib.suppress(LedgerError):  # it is logged, and tried again as far as it can be
+            if session.has_streamed and not session.is_recorded:
+                await self._billing.settle(session, status=refusal.status)
+            else:
+                await self._billing.record_refusal(session, status=refusal.status, code=refusal.code)
+        self._refuse(responder, session, refusal)
 
     # ---- admission
 
     async def _serve(self, responder: Responder, session: Session) -> None:
         await self._authenticate(responder, session)
         assert session.person_id is not None
-        session.taken = self._limits.take(Rule.CHAT, session.person_id)
-        if not session.taken.allowed:
-            raise session.taken.refusal()
-        request = parse_chat(responder.body)
-        session.is_stream = request.is_stream
+        if not responder.is_counted:
+            session.taken = self._limits.take(Rule.CHAT, session.person_id)
+            if not session.taken.allowed:
+                raise session.taken.refusal()
+        session.buyer = await self._accounts.buyer(session.person_id)
+        body = await responder.read_body()
+        request = session.request = parse_chat(body)
+        session.model = request.model
         model = self._shelf.model(request.model)
         if model is None:
             raise Refusal(404, "model_not_found", f"no model is named {request.model!r}", param="model")
-        session.model = model.name
-        session.buyer = await self._accounts.buyer(session.person_id)
-        counter = await self._shelf.counter_of(model.name)
-        session.prompt_tokens = await self._count_prompt(counter, request)
-        if session.prompt_tokens >= model.context:
+        session.counter = await self._counter(model)
+        session.prompt_tokens = await self._count_prompt(
+            session.counter, request, is_big=len(body) > BIG_TEXT_BYTES
+        )
+        _check_context(session, request, model)
+        if not self._billing.is_ready:
             raise Refusal(
-                400, "context_length_exceeded",
-                f"the prompt has {session.prompt_tokens} tokens, {model.name} takes {model.context} in all",
-                param="messages",
+                503, "ledger_unavailable", "billing is briefly unavailable; try again",
+                retry_after_s=LEDGER_RETRY_AFTER_S,
             )  # fmt: skip
         candidates = self._choose(session, request)
         await self._authorise(session, request, candidates, model.context)
-        await self._relay(responder, session, request, candidates, counter)
+        metrics.ADDED_SECONDS.labels(stage="admission").observe(self._clock.monotonic() - session.started)
+        await self._relay(responder, session, request, candidates)
 
     async def _authenticate(self, responder: Responder, session: Session) -> None:
         try:
             session.key_id, session.person_id = await self._key(responder)
-        except Refusal:
+        except Refusal as refusal:
+            if refusal.status != 401 or responder.is_counted:
+                raise
             forwarded = responder.headers.get(b"x-forwarded-for", b"").decode("latin-1") or None
             address = client_address(responder.peer, forwarded, self._trusted_proxies)
             session.taken = self._limits.take(Rule.UNAUTHENTICATED, address)
@@ -218,27 +239,34 @@ class ChatService:
             raise Refusal(403, "missing_scope", "this key lacks the scope 'inference'")
         return found.key_id, found.person_id
 
-    async def _count_prompt(self, counter: TokenCounter, request: ChatRequest) -> int:
-        messages = template_messages(request)
-        size = sum(len(message.get("content") or "") for message in messages)
+    async def _counter(self, model: ModelFacts) -> TokenCounter:
         try:
-            if size > BIG_TEXT_CHARACTERS:
-                ids = await asyncio.to_thread(counter.prompt_ids, messages, request.tools)
-            else:
-                ids = counter.prompt_ids(messages, request.tools)
+            return await self._shelf.counter_of(model.name)
+        except Exception as e:
+            _log.error("the tokenizer of %s cannot be loaded", model.name, exc_info=_without_text(e))
+            raise Refusal(
+                503, "model_unavailable", f"{model.name} cannot be served just now",
+                retry_after_s=NODES_RETRY_AFTER_S,
+            ) from e  # fmt: skip
+
+    async def _count_prompt(self, counter: TokenCounter, request: ChatRequest, *, is_big: bool) -> int:
+        messages = known_messages(request)
+        try:
+            if is_big:
+                return len(await asyncio.to_thread(counter.prompt_ids, messages, request.tools))
+            return len(counter.prompt_ids(messages, request.tools))
         except PromptRefused as e:
             raise Refusal(400, "invalid_messages", str(e), param="messages") from e
-        return len(ids)
 
     def _choose(self, session: Session, request: ChatRequest) -> Sequence[NodeView]:
         decision = choose(
             Question(
                 self._registry.views(session.model),
                 self._registry.now_ms,
-                secrets.SystemRandom().random(),
+                _chance.random(),
                 prompt_tokens=session.prompt_tokens,
                 completion_tokens=request.wanted_tokens or EXPECTED_COMPLETION_TOKENS,
-                context_min=session.prompt_tokens + 1,
+                context_min=session.prompt_tokens + (request.wanted_tokens or 1),
                 preferences=_preferences(request),
             )
         )
@@ -255,11 +283,16 @@ class ChatService:
     async def _authorise(
         self, session: Session, request: ChatRequest, candidates: Sequence[NodeView], context: int
     ) -> None:
-        """Set the worst case aside, or as much of it as the balance affords, and bound the answer by it."""
+        """Set the worst case aside, or as much of it as the balance affords, and bound the answer by it.
+
+        The worst case is every permitted token at the highest price among the candidates, whichever of
+        them answers in the end.
+        """
         price_in = max(node.price_in for node in candidates)
         price_out = max(node.price_out for node in candidates)
-        room = context - session.prompt_tokens
-        wanted = min(request.wanted_tokens or room, room)
+        room = min(context, *(node.context for node in candidates)) - session.prompt_tokens
+        wanted = request.wanted_tokens or room
+        least = min(wanted, max(1, request.min_tokens or 1))
 
         def bound(tokens: int) -> Nano:
             return hold_for(
@@ -268,12 +301,12 @@ class ChatService:
             )  # fmt: skip
 
         try:
-            session.hold = await self._keeper.authorise(session.buyer, bound(wanted), minimum=bound(1))
+            session.hold = await self._keeper.authorise(session.buyer, bound(wanted), minimum=bound(least))
         except InsufficientFunds as e:
             raise Refusal(
                 402, "insufficient_funds",
                 f"your available balance is ${dollars(Nano(e.available_nano))}, this request needs at least "
-                f"${dollars(bound(1))}; add funds",
+                f"${dollars(bound(least))}; add funds",
             ) from e  # fmt: skip
         session.max_tokens = min(
             wanted,
@@ -288,12 +321,7 @@ class ChatService:
     # ---- serving
 
     async def _relay(
-        self,
-        responder: Responder,
-        session: Session,
-        request: ChatRequest,
-        candidates: Sequence[NodeView],
-        counter: TokenCounter,
+        self, responder: Responder, session: Session, request: ChatRequest, candidates: Sequence[NodeView]
     ) -> None:
         assert session.person_id is not None
         body = engine_body(
@@ -301,52 +329,51 @@ class ChatService:
         )
         failure: RequestBroken | None = None
         for node in candidates:
-            session.node = node
+            session.node, session.first_delta = node, None
             session.answer = Answer(
                 request_id=f"chatcmpl-{session.request_id.hex}",
                 model=session.model,
                 created_s=int(self._clock.now().timestamp()),
+                choices=request.choices,
             )
             try:
-                await self._relay_from(node, responder, session, request, body)
+                await self._relay_from(node, responder, session, body)
             except RequestBroken as e:
-                _log.info(
-                    "request %s: node %s failed: %s", session.request_id, node.node_id, type(e).__name__
-                )
                 failure = e
-                if session.answer.has_begun:
-                    await self._settle_broken(responder, session, counter)
-                    return
-                if not e.is_retriable:
-                    raise Refusal(
-                        400, "refused_by_engine", "the engine refuses this request's parameters"
-                    ) from e
-                continue
+                _log.info("request %s: %s: %s", session.request_id, node.node_id, type(e).__name__)
+                if not session.answer.is_whole:  # else only the node's last word is missing
+                    if session.has_streamed:
+                        await self._end_broken(responder, session)
+                        return
+                    _raise_if_request_is_bad(e)
+                    continue
             except FabricUnavailable as e:
                 raise Refusal(
                     503, "fabric_unavailable", "no connection to the nodes just now; try again",
                     retry_after_s=NODES_RETRY_AFTER_S,
                 ) from e  # fmt: skip
             except BuyerGone:
-                await self._settle(session, counter, status=BUYER_LEFT)
+                if session.answer.has_begun:
+                    await self._billing.settle(session, status=BUYER_LEFT)
                 raise
-            await self._finish(responder, session, request, counter)
+            await self._finish(responder, session, request)
             return
         session.node = None
         raise Refusal(
-            503, "nodes_failed", "every node tried failed before its first token; try again",
+            503, "nodes_failed", "every node tried failed before it answered; try again",
             retry_after_s=NODES_RETRY_AFTER_S,
         ) from failure  # fmt: skip
 
-    async def _relay_from(
-        self, node: NodeView, responder: Responder, session: Session, request: ChatRequest, body: bytes
-    ) -> None:
+    async def _relay_from(self, node: NodeView, responder: Responder, session: Session, body: bytes) -> None:
         """Relay one node's answer up to (not with) its last part; RequestBroken or BuyerGone otherwise."""
         assert session.answer is not None
         answer = session.answer
+        left_ms = WALL_MS_MAX - int((self._clock.monotonic() - session.started) * 1000)
+        if responder.is_gone:
+            raise BuyerGone
         message = Request(
             v=VERSION, id=session.request_id.hex, model=session.model, body=body, stream=session.is_stream,
-            deadline_ms=WALL_MS_MAX,
+            deadline_ms=max(1, left_ms),
         )  # fmt: skip
         outcome, sent_at = Outcome.NEUTRAL, self._clock.monotonic()
         self._registry.begin(node.node_id, session.model)
@@ -354,13 +381,13 @@ class ChatService:
             async with self._nodes.request(node.node_id, message) as reply:
                 responder.when_gone(reply.cancel)
                 while frames := await reply.batch():
-                    out = b"".join(self._take(frame, responder, session, request) for frame in frames)
+                    out = b"".join([self._take(frame, responder, session) for frame in frames])
                     if out:
                         await responder.send(out)
             if responder.is_gone:
                 raise BuyerGone
-            if not answer.is_complete:
-                raise ProtocolBroken("the answer ended without its end")
+            if not answer.is_whole:
+                raise ProtocolBroken("the answer ended before its end")
             outcome = Outcome.SUCCEEDED
         except RequestBroken as e:
             outcome = Outcome.FAILED if e.blames_node else Outcome.NEUTRAL
@@ -371,9 +398,7 @@ class ChatService:
             first_token_ms = None if first is None else int((first - sent_at) * 1000)
             self._registry.finish(node.node_id, session.model, outcome, first_token_ms=first_token_ms)
 
-    def _take(
-        self, frame: AnswerFrame, responder: Responder, session: Session, request: ChatRequest
-    ) -> bytes:
+    def _take(self, frame: AnswerFrame, responder: Responder, session: Session) -> bytes:
         """Note a frame; give what of it the buyer may see now."""
         answer = session.answer
         assert answer is not None
@@ -381,157 +406,46 @@ class ChatService:
             answer.finish(frame)
         if not isinstance(frame, Delta):
             return b""
+        try:
+            answer.take(frame)
+        except ChoiceUnknown as e:
+            raise ProtocolBroken("a choice nobody asked for") from e
+        if not frame.choices:
+            return b""
         if session.first_delta is None:
             session.first_delta = self._clock.monotonic()
-        is_first = not answer.has_begun
-        answer.take(frame)
         if not session.is_stream:
             return b""
-        if is_first:
+        if not session.has_streamed:
+            session.has_streamed = True
             responder.begin(200, self._headers(session))
-        if answer.finished < request.choices:
+        if not answer.is_whole:
             return answer.chunk(frame)
         session.held_back.append(frame)  # every choice has ended: the rest waits for the commit
         return b""
 
-    # ---- the bill
-
-    async def _count(self, session: Session, counter: TokenCounter) -> Usage:
+    async def _finish(self, responder: Responder, session: Session, request: ChatRequest) -> None:
         assert session.answer is not None
         answer = session.answer
-        written = answer.written()
-
-        def count() -> int:
-            total = 0
-            for ids, text, has_all_ids, is_cut in written:
-                if has_all_ids and counter.say_the_same(ids, text, is_cut_at_stop=is_cut):
-                    total += len(ids)
-                else:
-                    total += counter.text_tokens(text)
-            return total
-
-        is_big = sum(len(text) for _, text, _, _ in written) > BIG_TEXT_CHARACTERS
-        counted = await asyncio.to_thread(count) if is_big else count()
-        return settle(
-            prompt_counted=session.prompt_tokens,
-            prompt_reported=answer.prompt_reported,
-            completion_counted=counted,
-            completion_reported=answer.completion_reported,
-        )
-
-    async def _settle(self, session: Session, counter: TokenCounter, *, status: int) -> UsageOut:
-        """Count, price and post; returns once the charge is durable."""
-        assert session.node is not None
-        assert session.answer is not None
-        usage = await self._count(session, counter)
-        node = session.node
-        amount = cost(
-            tokens_in=usage.tokens_in, tokens_out=usage.tokens_out,
-            price_in=node.price_in, price_out=node.price_out,
-        )  # fmt: skip
-        if session.hold is not None:
-            amount = min(
-                amount, session.hold.amount
-            )  # V2: a node that overruns its limit earns nothing by it
-        if usage.is_drifting:
-            metrics.DRIFT.inc()
-            _log.warning("request %s: node %s counts otherwise than we do", session.request_id, node.node_id)
-        _, platform = split(amount)
-        await self._post(
-            Charge(
-                id=session.request_id,
-                buyer=session.buyer,
-                amount=amount,
-                fee=platform,
-                operator=await self._accounts.operator(UUID(node.operator_id)),
-                node=node_uuid(node.node_id),
-                model=session.model,
-                key_id=session.key_id,
-                tok_in=usage.tokens_in,
-                tok_out=usage.tokens_out,
-                counted_by=usage.counted_by,
-                price_version=node.price_version,
-                latency_ms=self._elapsed_ms(session, self._clock.monotonic()),
-                ttft_ms=None
-                if session.first_delta is None
-                else self._elapsed_ms(session, session.first_delta),
-                status=status,
-                finish=session.answer.finish_reason,
-                stream=session.is_stream,
-            ),
-            hold=session.hold if amount != ZERO else None,
-        )
-        return UsageOut(
-            prompt_tokens=usage.tokens_in,
-            completion_tokens=usage.tokens_out,
-            total_tokens=usage.tokens_in + usage.tokens_out,
-            cost=dollars(amount),
-            cost_nano=amount.n,
-            receipt_id=str(session.request_id),
-            counted_by=usage.counted_by.name.lower(),
-        )
-
-    async def _post(self, charge: Charge, *, hold: Hold | None) -> None:
-        """Post to the end even if this request's task is cancelled meanwhile."""
-        await asyncio.shield(asyncio.ensure_future(self._poster.post(charge, hold)))
-        metrics.REQUESTS.labels(status=str(charge.status)).inc()
-        metrics.TOKENS.labels(direction="in").inc(charge.tok_in)
-        metrics.TOKENS.labels(direction="out").inc(charge.tok_out)
-        metrics.CHARGED_NANO.inc(charge.amount.n)
-
-    def _elapsed_ms(self, session: Session, until: float) -> int:
-        return int((until - session.started) * 1000)
-
-    async def _finish(
-        self, responder: Responder, session: Session, request: ChatRequest, counter: TokenCounter
-    ) -> None:
-        assert session.answer is not None
-        assert session.node is not None
-        answer = session.answer
-        usage = await self._settle(session, counter, status=200)
+        began = self._clock.monotonic()
+        usage = await self._billing.settle(session, status=200)
+        metrics.ADDED_SECONDS.labels(stage="charge").observe(self._clock.monotonic() - began)
         if not session.is_stream:
             headers = [*self._headers(session), (b"x-tollway-cost", usage.cost.encode())]
             responder.answer(200, headers, answer.completion(usage))
             return
-        if not answer.has_begun:  # an answer without a single token
-            responder.begin(200, self._headers(session))
-        last = len(session.held_back) - 1
-        parts = [
-            answer.chunk(frame, None if request.wants_usage or at < last else usage)
-            for at, frame in enumerate(session.held_back)
-        ]
-        if request.wants_usage or last < 0:
+        *earlier, last = session.held_back
+        parts = [answer.chunk(frame) for frame in earlier]
+        parts.append(answer.chunk(last, None if request.wants_usage else usage))
+        if request.wants_usage:
             parts.append(answer.usage_event(usage))
         responder.end(b"".join(parts) + DONE)
 
-    async def _settle_broken(self, responder: Responder, session: Session, counter: TokenCounter) -> None:
-        """A node that died in mid-answer: what was delivered is billed, and the buyer is told."""
-        await self._settle(session, counter, status=502)
+    async def _end_broken(self, responder: Responder, session: Session) -> None:
+        """A node that died in mid-stream: what was delivered is billed, and the buyer is told."""
+        await self._billing.settle(session, status=502)
         refusal = Refusal(502, "node_failed", "the node failed in mid-answer; you pay for what was delivered")
-        if session.is_stream:
-            responder.end(error_event(refusal.body()))
-        else:
-            responder.answer(502, self._headers(session), encode(refusal.body()))
-
-    async def _record_failure(self, session: Session, status: int, code: str) -> None:
-        """Every request of a known buyer has a usage row (R17), refused ones at a cost of zero."""
-        if not session.buyer or status == 429:  # a flood must not fill the ledger
-            return
-        node = session.node
-        charge = Charge(
-            id=session.request_id,
-            buyer=session.buyer,
-            operator=None if node is None else await self._accounts.operator(UUID(node.operator_id)),
-            node=None if node is None else node_uuid(node.node_id),
-            model=session.model,
-            key_id=session.key_id,
-            latency_ms=self._elapsed_ms(session, self._clock.monotonic()),
-            status=status,
-            finish=code[:40],
-            stream=session.is_stream,
-        )
-        with contextlib.suppress(LedgerError):  # the refusal stands, recorded or not
-            await self._post(charge, hold=None)
+        responder.end(error_event(refusal.body()))
 
     # ---- headers
 
@@ -561,6 +475,30 @@ class ChatService:
 
     def _cache_salt(self, person_id: UUID) -> str:
         return hmac.new(self._secret, b"cache-salt" + person_id.bytes, hashlib.sha256).hexdigest()[:32]
+
+
+def _check_context(session: Session, request: ChatRequest, model: ModelFacts) -> None:
+    """Refuse what does not fit the model's context (A66)."""
+    prompt = session.prompt_tokens
+    if prompt + (request.wanted_tokens or 1) > model.context:
+        wanted = "" if request.wanted_tokens is None else f" and {request.wanted_tokens} are asked for"
+        raise Refusal(
+            400, "context_length_exceeded",
+            f"the prompt has {prompt} tokens{wanted}; {model.name} takes {model.context} in all",
+            param="messages" if prompt >= model.context else "max_tokens",
+        )  # fmt: skip
+
+
+def _raise_if_request_is_bad(error: RequestBroken) -> None:
+    """Refuse with 400 where the engine says that the request is at fault, so that no other would take it."""
+    if isinstance(error, NodeFailed) and error.code is FailureCode.BAD_REQUEST and not error.is_retriable:
+        words = "".join(c if c.isprintable() else " " for c in error.message)[:ENGINE_WORDS_MAX]
+        raise Refusal(400, "refused_by_engine", f"the engine refuses this request: {words}") from error
+
+
+def _without_text(error: Exception) -> Exception:
+    """The same place and kind of error without its text, which might quote a prompt."""
+    return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
 
 
 def _preferences(request: ChatRequest) -> Preferences:

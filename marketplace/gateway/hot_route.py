@@ -1,14 +1,17 @@
 """`POST /v1/chat/completions` below the framework.
 
 A subclass of uvicorn's httptools protocol that answers one path itself and leaves every other request
-to the ASGI application.  It relies on uvicorn's internals (`HttpToolsProtocol`'s `cycle`, `flow` and
-`pipeline`), so the version is pinned and `tests/integration/test_gateway_http.py` covers what is used:
-keep-alive, pipelining, chunked bodies, oversized bodies, disconnects, slow readers.
+to the ASGI application.  For both it bounds what uvicorn leaves open: the size of a request's head and
+the time a request may take to arrive.  It relies on uvicorn's internals (`HttpToolsProtocol`'s `cycle`,
+`flow`, `pipeline` and `_start_asgi_task`), so the version is pinned and
+`tests/integration/test_gateway_wire.py` covers what is used: keep-alive, pipelining, chunked bodies,
+oversized and slow bodies, disconnects, slow readers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
@@ -16,10 +19,28 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from marketplace.gateway.requests import BODY_BYTES_MAX
-from marketplace.gateway.responder import EVENT_STREAM, JSON, BuyerGone, Headers, Responder
+from marketplace.gateway.responder import (
+    BODY_S_MAX,
+    EVENT_STREAM,
+    JSON,
+    SEND_S_MAX,
+    BuyerGone,
+    Headers,
+    Responder,
+    body_too_large,
+    body_too_slow,
+)
+from marketplace.platform.http import Refusal
 
 PATH: Final = b"/v1/chat/completions"
 HEADER_BYTES_MAX: Final = 64 * 1024
+"""Request line and headers together; for every path."""
+HEADER_S_MAX: Final = 15
+"""From a request's first byte (or the connection) to the end of its headers; for every path."""
+REQUEST_S_MAX: Final = 60
+"""From the end of its headers to the end of its body; for every path."""
+LINGER_S: Final = 2
+"""How long a refused body's rest is read and dropped, so that the refusal is not lost in a reset."""
 Serve = Callable[[Responder], Awaitable[None]]
 
 
@@ -34,25 +55,28 @@ def _head(status: int, headers: Headers, content_type: bytes, framing: bytes, *,
 
 
 class ChatCycle:
-    """One chat request and its response on one connection.
+    """One chat request and its response on one connection; a `Responder`.
 
     Has the attributes of uvicorn's RequestResponseCycle that its protocol touches.
     """
 
-    def __init__(self, protocol: HotRouteProtocol, *, keep_alive: bool) -> None:
+    def __init__(self, protocol: HotRouteProtocol, *, version: str, keep_alive: bool) -> None:
         self._protocol = protocol
         self._transport = protocol.transport
         self._flow: FlowControl = protocol.flow
+        self._is_chunked = version != "1.0"
         self.keep_alive = keep_alive
         self.waiting_for_100_continue = protocol.expect_100_continue
         self.peer = protocol.client[0] if protocol.client else ""
         self.headers = dict(protocol.headers)
         self.has_query = b"?" in protocol.url
-        self.body: bytes | bytearray = bytearray()
+        self.body = bytearray()
         self.more_body = True
         self.message_event = asyncio.Event()
+        self.response_started = False
         self.response_complete = False
         self.is_gone = False
+        self.is_counted = False
         self._act: Callable[[], None] | None = None
 
     def when_gone(self, act: Callable[[], None] | None) -> None:
@@ -72,59 +96,86 @@ class ChatCycle:
                 self._act()
 
     async def run_asgi(self, app: object) -> None:
-        """Read the body, then serve; uvicorn starts this as the request's task."""
+        """Serve; uvicorn starts this as the request's task."""
         del app
-        if self.waiting_for_100_continue and not self._transport.is_closing():
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while self.more_body and not self.disconnected and len(self.body) <= BODY_BYTES_MAX:
-            self._flow.resume_reading()
-            await self.message_event.wait()
-            self.message_event.clear()
-        if self.more_body and len(self.body) > BODY_BYTES_MAX:
-            self.keep_alive = False  # the rest of the body is not read
-        self.body = bytes(self.body)
         try:
             await self._protocol.serve(cast("Responder", self))
         finally:
-            if not self.response_complete:  # an error in our own code: never leave the buyer hanging
+            if not self.response_complete:  # cancelled, or an error in our own code: nobody is left hanging
                 self._transport.close()
 
+    async def read_body(self) -> bytes:
+        if not self.more_body and len(self.body) <= BODY_BYTES_MAX:  # the usual case: it came with the head
+            return bytes(self.body)
+        if int(self.headers.get(b"content-length", b"0")) > BODY_BYTES_MAX:
+            raise body_too_large()
+        if self.waiting_for_100_continue and not self._transport.is_closing():
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            async with asyncio.timeout(BODY_S_MAX):
+                while self.more_body and not self.is_gone and len(self.body) <= BODY_BYTES_MAX:
+                    self._flow.resume_reading()
+                    self.message_event.clear()
+                    await self.message_event.wait()
+        except TimeoutError as e:
+            raise body_too_slow() from e
+        if len(self.body) > BODY_BYTES_MAX:
+            raise body_too_large()
+        if self.more_body:
+            raise BuyerGone
+        return bytes(self.body)
+
     def answer(self, status: int, headers: Headers, body: bytes, content_type: bytes = JSON) -> None:
-        if self.disconnected or self.response_complete:
+        if self.is_gone or self.response_complete:
             return
+        if self.more_body:
+            self.keep_alive = False  # its rest is not read
         framing = b"content-length: %d\r\n" % len(body)
         head = _head(status, headers, content_type, framing, keep_alive=self.keep_alive)
         self._transport.write(head + body)
         self._complete()
 
     def begin(self, status: int, headers: Headers, content_type: bytes = EVENT_STREAM) -> None:
-        if self.disconnected:
+        if self.is_gone:
             return
-        framing = b"transfer-encoding: chunked\r\ncache-control: no-store\r\n"
+        self.response_started = True
+        framing = b"cache-control: no-store\r\n"
+        if self._is_chunked:
+            framing += b"transfer-encoding: chunked\r\n"
         self._transport.write(_head(status, headers, content_type, framing, keep_alive=self.keep_alive))
 
     async def send(self, data: bytes) -> None:
-        if self.disconnected:
+        if self.is_gone:
             raise BuyerGone
         if not data:
             return
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._transport.write(self._framed(data))
         if self._flow.write_paused:
-            await self._flow.drain()
-            if self.disconnected:
+            try:
+                await asyncio.wait_for(self._flow.drain(), SEND_S_MAX)
+            except TimeoutError:
+                self._transport.abort()  # he holds the connection and takes nothing
+                self.disconnected = True
+            if self.is_gone:
                 raise BuyerGone
 
     def end(self, data: bytes = b"") -> None:
-        if self.disconnected or self.response_complete:
+        if self.is_gone or self.response_complete:
             return
-        last = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
-        self._transport.write(last)
+        last = b"0\r\n\r\n" if self._is_chunked else b""
+        self._transport.write((self._framed(data) if data else b"") + last)
         self._complete()
+
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
 
     def _complete(self) -> None:
         self.response_complete = True
         if not self.keep_alive:
-            self._transport.close()
+            if self.more_body:
+                self._protocol.linger()
+            else:
+                self._transport.close()
         self._protocol.on_response_complete()
 
 
@@ -132,15 +183,49 @@ class HotRouteProtocol(HttpToolsProtocol):
     """Serves PATH itself; `serve` is set on a subclass made by `protocol_for`."""
 
     serve: Serve
+    _serving: Any = None
+    """The cycle whose response is due; `cycle` may be a later, pipelined one."""
+    _head_bytes = 0
+    _in_head = True
+    _refusal: Refusal | None = None
+    _due: float | None = None
+    """When what is arriving must have arrived (loop seconds)."""
+    _timer: asyncio.TimerHandle | None = None
+
+    # ---- arrival, bounded in size and time
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._give_time(HEADER_S_MAX)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._due is None:
+                self._give_time(HEADER_S_MAX)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > HEADER_BYTES_MAX and not self.transport.is_closing():
+            self._refuse(Refusal(431, "headers_too_large", f"headers take at most {HEADER_BYTES_MAX} bytes"))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 1
+        self._give_time(HEADER_S_MAX)
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._give_time(REQUEST_S_MAX)
+        if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > HEADER_BYTES_MAX:
+            self._refusal = Refusal(431, "headers_too_large", f"at most {HEADER_BYTES_MAX} bytes")
+            raise ValueError("headers are too large")  # the parser stops; send_400_response answers
         path = self.url.partition(b"?")[0]
         if path != PATH or self.parser.get_method() != b"POST" or self.parser.should_upgrade():
             super().on_headers_complete()
             return
-        keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        version = self.parser.get_http_version()
         existing = self.cycle
-        cycle: Any = ChatCycle(self, keep_alive=keep_alive)
+        keep_alive = version != "1.0" and self.parser.should_keep_alive()
+        cycle: Any = ChatCycle(self, version=version, keep_alive=keep_alive)
         self.cycle = cycle
         if existing is None or existing.response_complete:
             self._start_asgi_task(cycle, self.app)
@@ -157,6 +242,76 @@ class HotRouteProtocol(HttpToolsProtocol):
                     cycle.message_event.set()
             return
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._due = None
+        self._in_head, self._head_bytes = True, 0
+        cycle: Any = self.cycle
+        if isinstance(cycle, ChatCycle) and cycle.response_complete:
+            self.transport.close()  # a refused body has come to its end
+            return
+        super().on_message_complete()
+
+    def linger(self) -> None:
+        """Say no more, and drop what still arrives for a moment, then close."""
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._due = None
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _give_time(self, seconds: float) -> None:
+        """One timer a connection: it looks at what is due when it fires, requests only say when."""
+        self._due = self.loop.time() + seconds
+        if self._timer is None:
+            self._timer = self.loop.call_at(self._due, self._check_time)
+
+    def _check_time(self) -> None:
+        self._timer = None
+        if self._due is None or self.transport.is_closing():
+            return
+        if self.loop.time() < self._due:
+            self._timer = self.loop.call_at(self._due, self._check_time)
+            return
+        serving = self._serving
+        is_later = self._in_head or self.cycle is not serving
+        if serving is not None and not serving.response_complete and is_later:
+            self._give_time(HEADER_S_MAX)  # a later request's slowness must not tear the response under way
+        elif self._in_head and not self._head_bytes:
+            self.transport.close()  # a connection that never asked anything
+        else:
+            self._refuse(Refusal(408, "request_timeout", "the request did not arrive in time"))
+
+    # ---- refusals before there is a request
+
+    def send_400_response(self, msg: str) -> None:
+        refusal, self._refusal = self._refusal, None
+        self._refuse(refusal or Refusal(400, "invalid_http", msg))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer and close; a response that is under way is only cut, since nothing can be put into it."""
+        if not self.transport.is_closing():
+            serving = self._serving
+            if serving is None or serving.response_complete or not serving.response_started:
+                body = json.dumps(refusal.body()).encode()
+                framing = b"content-length: %d\r\n" % len(body)
+                self.transport.write(_head(refusal.status, [], JSON, framing, keep_alive=False) + body)
+            self.transport.close()
+
+    # ---- who is being served
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._serving = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._due = None
+        if self._timer is not None:
+            self._timer.cancel()
+        for cycle in (self._serving, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        super().connection_lost(exc)
 
 
 def protocol_for(serve: Serve) -> type[HotRouteProtocol]:

@@ -6,7 +6,6 @@ ASGI servers and tells the served OpenAPI what the hot route takes and gives.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Final
 
 import msgspec
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from marketplace.gateway.requests import BODY_BYTES_MAX, ChatRequest
+from marketplace.gateway.requests import ChatRequest
 from marketplace.gateway.responder import AsgiResponder
 from marketplace.platform.http import RefusalOut
 
@@ -25,22 +24,18 @@ router: Final = APIRouter()
 class _Served(Response):
     """A response that the chat service writes itself."""
 
-    def __init__(self, request: Request, body: bytes) -> None:
+    def __init__(self, request: Request) -> None:
         super().__init__()
         self._request = request
-        self._body = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        responder = AsgiResponder(scope, self._body)
-        serving = asyncio.create_task(self._request.app.state.chat.serve(responder))
-        await responder.run(receive, send)
-        await serving
+        await AsgiResponder(scope, receive, send).run(self._request.app.state.chat.serve)
 
 
 _REFUSAL: Final[dict[str, Any]] = {"model": RefusalOut}
 _ANSWER: Final[dict[str, Any]] = {
-    "description": "OpenAI's chat completion (or, with `stream`, server-sent events of its chunks). `usage` also "
-    "has `cost` (dollars, decimal string), `cost_nano` and `receipt_id`.",
+    "description": "OpenAI's chat completion (or, with `stream`, server-sent events of its chunks). `usage` "
+    "also has `cost` (dollars, decimal string), `cost_nano` and `receipt_id`.",
     "content": {
         "application/json": {"schema": {"type": "object"}},
         "text/event-stream": {"schema": {"type": "string"}},
@@ -68,16 +63,11 @@ def _request_schema() -> dict[str, Any]:
     "/v1/chat/completions",
     tags=["inference"],
     response_class=Response,
-    responses={200: _ANSWER, **dict.fromkeys((400, 401, 402, 403, 404, 413, 429, 500, 502, 503), _REFUSAL)},
+    responses={200: _ANSWER, **dict.fromkeys((400, 401, 402, 403, 404, 408, 413, 429, 500, 503), _REFUSAL)},
     openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": {"schema": _request_schema()}}}
     },
 )
 async def chat_completions(request: Request) -> Response:
     """Chat with a model; pays per token from the caller's balance."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > BODY_BYTES_MAX:
-            break
-    return _Served(request, bytes(body))
+    return _Served(request)

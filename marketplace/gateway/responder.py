@@ -8,16 +8,34 @@ application, which other servers and some tests use.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
+
+from marketplace.gateway.requests import BODY_BYTES_MAX
+from marketplace.platform.http import Refusal
 
 Headers = Sequence[tuple[bytes, bytes]]
 JSON: Final = b"application/json"
 EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
+BODY_S_MAX: Final = 30
+"""A buyer sends the whole body within this; at the largest body that is 35 kB/s."""
+SEND_S_MAX: Final = 30
+"""A buyer who takes nothing for this long has left."""
+PARTS_WAITING_MAX: Final = 16
 
 
 class BuyerGone(Exception):
-    """The buyer closed the connection; nothing more can be delivered."""
+    """The buyer closed the connection, or stopped reading; nothing more can be delivered."""
+
+
+def body_too_large() -> Refusal:
+    return Refusal(413, "body_too_large", f"a body has at most {BODY_BYTES_MAX} bytes")
+
+
+def body_too_slow() -> Refusal:
+    return Refusal(408, "body_timeout", f"the body did not arrive within {BODY_S_MAX} s")
 
 
 class Responder(Protocol):
@@ -25,12 +43,20 @@ class Responder(Protocol):
 
     peer: str
     """Address of the other end of the socket."""
-    headers: Mapping[bytes, bytes]
-    """The request's headers, lower-case names; the last of a repeated one."""
-    body: bytes
     has_query: bool
     is_gone: bool
     """The buyer has closed the connection."""
+    is_counted: bool
+    """Somebody before us has counted this request against its caller's rate limit."""
+
+    @property
+    def headers(self) -> Mapping[bytes, bytes]:
+        """The request's headers, lower-case names; the last of a repeated one."""
+        ...
+
+    async def read_body(self) -> bytes:
+        """Give the whole body; Refusal 413 or 408 above the limits, BuyerGone if he left before its end."""
+        ...
 
     def when_gone(self, act: Callable[[], None] | None) -> None:
         """Call `act` once when the buyer leaves, at once if he has left; None forgets the last one."""
@@ -53,68 +79,128 @@ class Responder(Protocol):
         ...
 
 
-class AsgiResponder:
-    """A Responder over ASGI; `run` drives it, since ASGI's sends are coroutines."""
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
 
-    def __init__(self, scope: Mapping[str, Any], body: bytes) -> None:
+
+class AsgiResponder:
+    """A Responder over ASGI; `run` serves through it.
+
+    ASGI's sends are coroutines and ours are not, so messages wait in a row that `send` keeps short.
+    """
+
+    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         self.peer = (scope.get("client") or ("", 0))[0]
-        self.headers = dict(scope["headers"])
-        self.body = body
+        self.headers: Mapping[bytes, bytes] = dict(scope["headers"])
         self.has_query = bool(scope.get("query_string"))
         self.is_gone = False
+        self.is_counted = True  # by the framework's middleware
+        self._receive = receive
+        self._send = send
         self._act: Callable[[], None] | None = None
-        self._queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(maxsize=16)
+        self._row: deque[dict[str, Any]] = deque()
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._is_over = False
+
+    async def run(self, serve: Callable[[Responder], Awaitable[None]]) -> None:
+        """Serve one request to its end, carrying messages out meanwhile."""
+        serving = asyncio.ensure_future(serve(self))
+        serving.add_done_callback(lambda _: self._changed.set())
+        try:
+            await self._carry(serving)
+            await serving
+        except OSError:  # how newer servers tell that the buyer has left
+            self._leave()
+            await serving
+        except asyncio.CancelledError:
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+            raise
+        finally:
+            if self._watching is not None:
+                self._watching.cancel()
+
+    async def _carry(self, serving: asyncio.Future[None]) -> None:
+        while not self.is_gone:
+            self._changed.clear()
+            while self._row:
+                await self._send(self._row.popleft())
+                if len(self._row) < PARTS_WAITING_MAX:
+                    self._room.set()
+            if self._is_over or serving.done():
+                return
+            await self._changed.wait()
+
+    async def read_body(self) -> bytes:
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_S_MAX):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        self._leave()
+                        raise BuyerGone
+                    body += message.get("body", b"")
+                    if len(body) > BODY_BYTES_MAX:
+                        raise body_too_large()
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError as e:
+            raise body_too_slow() from e
+        self._watching = asyncio.create_task(self._watch())
+        return bytes(body)
 
     def when_gone(self, act: Callable[[], None] | None) -> None:
         self._act = act
         if self.is_gone and act is not None:
             act()
 
+    async def _watch(self) -> None:
+        """Notice when the buyer leaves."""
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+        self._leave()
+
+    def _leave(self) -> None:
+        self.is_gone = True
+        self._changed.set()
+        self._room.set()
+        if self._act is not None:
+            self._act()
+
     def answer(self, status: int, headers: Headers, body: bytes, content_type: bytes = JSON) -> None:
-        head = [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *headers]
+        if self._is_over:
+            return
+        head = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), *headers]
         self._put({"type": "http.response.start", "status": status, "headers": head})
-        self._put({"type": "http.response.body", "body": body})
-        self._put(None)
+        self.end(body)
 
     def begin(self, status: int, headers: Headers, content_type: bytes = EVENT_STREAM) -> None:
-        self._put(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [(b"content-type", content_type), *headers],
-            }
-        )
+        head = [(b"content-type", content_type), (b"cache-control", b"no-store"), *headers]
+        self._put({"type": "http.response.start", "status": status, "headers": head})
 
     async def send(self, data: bytes) -> None:
         if self.is_gone:
             raise BuyerGone
-        await self._queue.put({"type": "http.response.body", "body": data, "more_body": True})
+        if data:
+            self._put({"type": "http.response.body", "body": data, "more_body": True})
+        if len(self._row) >= PARTS_WAITING_MAX:
+            self._room.clear()
+            try:
+                await asyncio.wait_for(self._room.wait(), SEND_S_MAX)
+            except TimeoutError:
+                self._leave()
+            if self.is_gone:
+                raise BuyerGone
 
     def end(self, data: bytes = b"") -> None:
-        self._put({"type": "http.response.body", "body": data})
-        self._put(None)
+        if not self._is_over:
+            self._put({"type": "http.response.body", "body": data})
+            self._is_over = True
 
-    def _put(self, message: dict[str, Any] | None) -> None:
-        if not self.is_gone:
-            if self._queue.full():  # the last messages must not wait for a buyer who does not read
-                self._queue.get_nowait()
-            self._queue.put_nowait(message)
-
-    async def run(self, receive: Any, send: Any) -> None:
-        """Carry messages out until the end, and notice when the buyer leaves."""
-        watch = asyncio.create_task(self._watch(receive))
-        try:
-            while (message := await self._queue.get()) is not None:
-                await send(message)
-        finally:
-            watch.cancel()
-
-    async def _watch(self, receive: Any) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            continue
-        self.is_gone = True
-        if self._act is not None:
-            self._act()
-        if self._queue.full():
-            self._queue.get_nowait()
-        self._queue.put_nowait(None)
+    def _put(self, message: dict[str, Any]) -> None:
+        self._row.append(message)
+        self._changed.set()

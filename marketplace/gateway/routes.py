@@ -14,9 +14,10 @@ from marketplace.ledger import usage as ledger_usage
 from marketplace.ledger.accounts import buyer as buyer_account
 from marketplace.ledger.accounts import find_account, operator_earnings, read_balance
 from marketplace.ledger.charges import Charge
-from marketplace.ledger.money import Nano, dollars, split
+from marketplace.ledger.money import Nano, dollars
 from marketplace.platform.http import AccountIdentity, Refusal, RefusalOut, ServicesDep
-from marketplace.routing.choice import NodeView
+from marketplace.routing.choice import Exclusion, Question, exclusion
+from marketplace.routing.registry import Registry
 
 router = APIRouter()
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -32,7 +33,7 @@ class OfferOut(BaseModel):
     node: str
     price_in: str = Field(description="Dollars per million prompt tokens, decimal string")
     price_out: str = Field(description="Dollars per million completion tokens, decimal string")
-    is_healthy: bool
+    is_healthy: bool = Field(description="Would be asked now, if it has room")
     running: int
     capacity: int
 
@@ -57,23 +58,26 @@ class ModelsOut(BaseModel):
     data: list[ModelOut]
 
 
-def _model_out(model: ModelFacts, created: int, offers: list[NodeView]) -> ModelOut:
+def _model_out(model: ModelFacts, registry: Registry) -> ModelOut:
+    views = registry.views(model.name)
+    question = Question(views, registry.now_ms, random=0)
+    healthy = [view for view in views if exclusion(view, question) in {None, Exclusion.FULL}]
     return ModelOut(
         id=model.name,
-        created=created,
+        created=model.created_s,
         context_length=model.context,
-        price_in=dollars(Nano(min(node.price_in for node in offers))) if offers else None,
-        price_out=dollars(Nano(min(node.price_out for node in offers))) if offers else None,
+        price_in=dollars(Nano(min(view.price_in for view in healthy))) if healthy else None,
+        price_out=dollars(Nano(min(view.price_out for view in healthy))) if healthy else None,
         offers=[
             OfferOut(
-                node=node.node_id,
-                price_in=dollars(Nano(node.price_in)),
-                price_out=dollars(Nano(node.price_out)),
-                is_healthy=node.is_ready and not node.is_draining,
-                running=node.running,
-                capacity=node.capacity,
+                node=view.node_id,
+                price_in=dollars(Nano(view.price_in)),
+                price_out=dollars(Nano(view.price_out)),
+                is_healthy=view in healthy,
+                running=view.running,
+                capacity=view.capacity,
             )
-            for node in offers
+            for view in views
         ],
     )
 
@@ -82,9 +86,7 @@ def _model_out(model: ModelFacts, created: int, offers: list[NodeView]) -> Model
 async def list_models(request: Request) -> ModelsOut:
     """Every model on offer, with its operators' prices."""
     shelf, registry = request.app.state.shelf, request.app.state.registry
-    return ModelsOut(
-        data=[_model_out(model, model.created_s, registry.views(model.name)) for model in shelf.models()]
-    )
+    return ModelsOut(data=[_model_out(model, registry) for model in shelf.models()])
 
 
 @router.get("/v1/models/{name:path}", tags=["inference"], responses={404: {"model": RefusalOut}})
@@ -94,7 +96,7 @@ async def one_model(request: Request, name: str) -> ModelOut:
     model = shelf.model(name)
     if model is None:
         raise Refusal(404, "model_not_found", f"no model is named {name!r}", param="model")
-    return _model_out(model, model.created_s, registry.views(name))
+    return _model_out(model, registry)
 
 
 class BalanceOut(BaseModel):
@@ -155,7 +157,6 @@ class UsageOut(BaseModel):
 
 
 def _usage_row(charge: Charge) -> UsageRow:
-    assert split(charge.amount)[1] == charge.fee
     return UsageRow(
         id=charge.id,
         timestamp=charge.made_at,

@@ -1,41 +1,97 @@
 """Counting tokens with the model's own tokenizer (R10).
 
-The prompt is counted exactly as the engine builds it: the model's chat template, rendered in a jinja2
-sandbox, then the tokenizer.  Seen equal to vLLM's own ids on 20 of 20 requests with emoji, Arabic, CJK,
-NUL and special-token text.  A completion's text does not determine its tokens (13 of 20 equal), so a
-completion is counted on the ids the engine sampled, once they are shown to say what was delivered.
+The prompt is counted exactly as the engine builds it: the messages as the engine's template sees them
+(`conversation`), the model's chat template in a jinja2 sandbox, then the tokenizer.
+
+A completion's text does not determine its tokens (13 of 20 re-counted equal), so a completion is counted
+on the ids the engine sampled, once they are shown to say what was delivered and little that was not
+(A57).  Where they do not, the delivered text is encoded again.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from marketplace.metering.conversation import conversation, knows_developer, tools_for_template, wants_parts
+
 REPLACEMENT: Final = "\ufffd"
 """What a decoder prints for a character that was cut in the middle."""
+WITHHELD_MAX: Final = 8
+"""Unfinished characters at the end that an engine may withhold; a cut one is at most 3 bytes, noise more."""
+SPECIAL_MAX: Final = 4
+"""Special tokens (which are no text) believed per choice: the end of the turn and a few marks."""
+MARKUP_MAX: Final = 128
+"""Characters of markup around a reasoning block or a tool call that the engine cuts out of the text."""
 
 
 class PromptRefused(Exception):
     """The chat template cannot express these messages; the message says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One choice, as delivered."""
+
+    ids: Sequence[int]
+    text: str
+    reasoning: str = ""
+    calls: Sequence[str] = ()
+    """Each tool call's name and arguments."""
+    has_all_ids: bool = True
+    """The engine told the ids of every piece."""
+    stop_reason: str | int | None = None
+    """The stop string or token at which the engine stopped, where it says so."""
+
+    @property
+    def everything(self) -> str:
+        return self.reasoning + self.text + "".join(self.calls)
+
+
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what to train on; rendering ignores it."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Give the sandbox chat templates are written for; no autoescape, since they make prompts, not pages."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    """Give the sandbox chat templates are written for (transformers' own settings).
+
+    No autoescape, since templates make prompts, not pages.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now(UTC).strftime(form)
@@ -47,33 +103,103 @@ class TokenCounter:
 
     def __init__(self, *, tokenizer: bytes, chat_template: str, special_tokens: Mapping[str, str]) -> None:
         self._tokenizer = Tokenizer.from_buffer(tokenizer)
-        self._template = _environment().from_string(chat_template)
+        self._tokenizer.no_truncation()  # a file may ask for it; a count must not obey
+        self._tokenizer.no_padding()
+        environment = _environment()
+        self._template = environment.from_string(chat_template)
+        self._in_parts = wants_parts(environment, chat_template)
+        self._knows_developer = knows_developer(chat_template)
         self._special = dict(special_tokens)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(number for number, token in added.items() if token.special)
+
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """Render the prompt the engine will see; PromptRefused if the template refuses these messages."""
+        try:
+            return self._template.render(
+                messages=conversation(
+                    messages, in_parts=self._in_parts, knows_developer=self._knows_developer
+                ),
+                tools=tools_for_template(tools),
+                documents=None,
+                add_generation_prompt=True,
+                **self._special,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as e:
+            raise PromptRefused(f"the model's chat template refuses these messages: {e}") from e
 
     def prompt_ids(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Give the token ids of the prompt the engine will see."""
-        try:
-            prompt = self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=True, **self._special
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as e:
-            raise PromptRefused(f"the model's chat template refuses these messages: {e}") from e
-        return list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
+        """Give the token ids of the prompt the engine will see; raises PromptRefused."""
+        return list(self._tokenizer.encode(self.prompt(messages, tools), add_special_tokens=False).ids)
 
     def text_tokens(self, text: str) -> int:
-        """Count a text's own tokens: the fallback where no ids are known."""
+        """Count a text's own tokens: the fallback where no ids can be believed."""
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def say_the_same(self, ids: Sequence[int], text: str, *, is_cut_at_stop: bool = False) -> bool:
-        """Tell whether `ids` are a way to write `text`, so that their number may be billed.
+    def completion_tokens(
+        self, written: Written, *, stops: Sequence[str] = (), ignores_end: bool = False
+    ) -> int:
+        """Count one choice's tokens: its ids if they say what was delivered, else its text encoded again.
 
-        Special tokens are not text.  An unfinished character at the end is printed as U+FFFD by one side
-        and withheld by the other.  A stop string is sampled but not delivered, so where the engine stopped
-        at one the text may be shorter by less than the last few tokens.
+        `stops` are the buyer's stop strings; `ignores_end` his wish to go on after the end of the turn, the
+        one case in which many special tokens are honest.
         """
-        decoded = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        if decoded == text or decoded.rstrip(REPLACEMENT) == text.rstrip(REPLACEMENT):
+        if written.has_all_ids and self._is_believable(written, stops, ignores_end=ignores_end):
+            return len(written.ids)
+        return self.text_tokens(written.everything)
+
+    def _is_believable(self, written: Written, stops: Sequence[str], *, ignores_end: bool) -> bool:
+        specials = sum(number in self._special_ids for number in written.ids)
+        if specials > SPECIAL_MAX and not ignores_end:
+            return False
+        if written.reasoning or written.calls:
+            return self._says_in_markup(written)
+        return self._says(written, stops)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _says(self, written: Written, stops: Sequence[str]) -> bool:
+        """Tell whether the ids spell the text, give or take what an engine withholds at the end."""
+        text, decoded = written.text, self._decode(written.ids)
+        if _is_same(decoded, text):
             return True
-        return is_cut_at_stop and decoded.startswith(text)
+        stop = written.stop_reason
+        if isinstance(stop, int):  # a stop token is sampled, not delivered
+            return _is_same(self._decode(written.ids[:-1]), text)
+        if stop is None or stop not in stops:
+            return False
+        # A stop string ends within the last token, which may say more; none of it is delivered.
+        before_last = self._decode(written.ids[:-1])
+        return _starts(decoded, text + stop) and not _starts(before_last, text + stop)
+
+    def _says_in_markup(self, written: Written) -> bool:
+        """Tell whether the ids spell reasoning and text, and not much more than those and the tool calls.
+
+        Engines cut the marks of reasoning and calls out and write a call's arguments anew, so the whole
+        cannot be compared; its length can.
+        """
+        decoded = self._decode(written.ids)
+        if written.reasoning.strip() not in decoded or written.text.strip() not in decoded:
+            return False
+        blocks = len(written.calls) + bool(written.reasoning)
+        spacing = sum(len(call) for call in written.calls) // 4
+        return len(decoded) <= len(written.everything) + blocks * MARKUP_MAX + spacing
+
+
+def _is_same(decoded: str, text: str) -> bool:
+    """Tell whether two texts differ at most in a space that a decoder drops and an unfinished character."""
+    if decoded == text:
+        return True
+    ours, theirs = decoded.rstrip(REPLACEMENT), text.rstrip(REPLACEMENT)
+    if max(len(decoded) - len(ours), len(text) - len(theirs)) > WITHHELD_MAX:
+        return False
+    return ours.removeprefix(" ") == theirs.removeprefix(" ")
+
+
+def _starts(decoded: str, text: str) -> bool:
+    return decoded.removeprefix(" ").startswith(text.removeprefix(" "))

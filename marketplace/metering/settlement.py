@@ -44,28 +44,32 @@ def settle(
     prompt_reported: int | None,
     completion_counted: int,
     completion_reported: int | None,
+    completion_limit: int,
 ) -> Usage:
     """Decide what is billed.  Reported counts are None where the node told none that made sense.
+
+    `completion_limit` is what the node was allowed (its limit per choice times the choices): what it
+    generated beyond that it generated for itself.
 
     Nothing delivered is nothing owed, the prompt included: a node that dies before its first token has
     done no work anybody can check.
 
     >>> settle(prompt_counted=10, prompt_reported=10, completion_counted=5,
-    ...        completion_reported=500).tokens_out
+    ...        completion_reported=500, completion_limit=50).tokens_out
     5
     """
     if completion_counted == 0:
         drifting = completion_reported is not None and is_drift(completion_reported, 0)
         return Usage(0, 0, CountedBy.GATEWAY, drifting)
-    tokens_in, tokens_out = prompt_counted, completion_counted
+    tokens_in, tokens_out = prompt_counted, min(completion_counted, completion_limit)
     by = CountedBy.GATEWAY
-    drifting = False
+    drifting = completion_counted > completion_limit
     if prompt_reported is not None:
         drifting |= is_drift(prompt_reported, prompt_counted)
         tokens_in = min(tokens_in, prompt_reported)
     if completion_reported is not None:
         drifting |= is_drift(completion_reported, completion_counted)
-        if completion_reported < completion_counted:
+        if completion_reported < tokens_out:
             tokens_out, by = completion_reported, CountedBy.NODE
     return Usage(tokens_in, tokens_out, by, drifting)
 

@@ -1,0 +1,229 @@
+"""From an answer to its charge.
+
+The law: a settlement that has begun is carried to its end, whoever stops waiting for it; a request's hold
+has one owner at a time (the request until its settlement begins, then the settlement, then the poster) and
+is ended exactly once.  What cannot be posted because the ledger takes nothing just now is tried again for
+a minute: the buyer has had his answer and is told that the bill is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
+from uuid import UUID
+
+from marketplace.fabric.node_ids import node_uuid
+from marketplace.gateway import metrics
+from marketplace.gateway.answer import UsageOut
+from marketplace.gateway.ports import LedgerAccounts
+from marketplace.gateway.session import Session
+from marketplace.ledger.charges import FINISH_CHARACTERS_MAX, MODEL_CHARACTERS_MAX, Charge
+from marketplace.ledger.errors import LedgerError, LedgerUnavailable
+from marketplace.ledger.lease_book import Hold
+from marketplace.ledger.lease_keeper import LeaseKeeper
+from marketplace.ledger.money import ZERO, cost, dollars, split
+from marketplace.ledger.poster import Poster
+from marketplace.metering.settlement import Usage, settle
+from marketplace.platform.clock import Clock
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+BIG_TEXT_BYTES: Final = 16_384
+"""Counting more than this (about 8 ms) leaves the event loop for a thread."""
+RECORD_S_MAX: Final = 1.0
+"""A refusal waits this long for its usage row; it is worth nothing, so it leaves without it if need be."""
+RETRY_PAUSES_S: Final = (1, 2, 4, 8, 15, 30)
+CLOSE_S_MAX: Final = 10
+
+
+class Billing:
+    """Counts, prices and posts, for one gateway process."""
+
+    def __init__(
+        self, *, poster: Poster, keeper: LeaseKeeper, accounts: LedgerAccounts, clock: Clock
+    ) -> None:
+        self._poster = poster
+        self._keeper = keeper
+        self._accounts = accounts
+        self._clock = clock
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def is_ready(self) -> bool:
+        """What is served now can be charged."""
+        return self._poster.is_ready
+
+    async def close(self) -> None:
+        """Carry what has begun to its end; before the poster closes."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_S_MAX)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def settle(self, session: Session, *, status: int) -> UsageOut:
+        """Count, price and post the session's answer; returns once the charge is durable.
+
+        Raises what `Poster.post` does.  The hold is no longer the session's, come what may.
+        """
+        hold, session.hold = session.hold, None
+        session.is_recorded = True
+        session.status = status
+        return await self._to_the_end(self._settle(session, hold, status))
+
+    async def _settle(self, session: Session, hold: Hold | None, status: int) -> UsageOut:
+        is_ours = True
+        try:
+            usage = await self._count(session)
+            try:
+                charge = await self._attempt(session, hold, usage, status)
+            except LedgerUnavailable:
+                self._start(self._attempt_later(session, hold, usage, status))
+                is_ours = False
+                raise
+        finally:
+            if hold is not None and is_ours:
+                self._keeper.release(hold)  # harmless once the poster has it
+        _measure(charge)
+        return UsageOut(
+            prompt_tokens=usage.tokens_in,
+            completion_tokens=usage.tokens_out,
+            total_tokens=usage.tokens_in + usage.tokens_out,
+            cost=dollars(charge.amount),
+            cost_nano=charge.amount.n,
+            receipt_id=str(charge.id),
+            counted_by=usage.counted_by.name.lower(),
+        )
+
+    async def record_refusal(self, session: Session, *, status: int, code: str) -> None:
+        """Give a refused request of a known buyer its usage row, at a cost of zero (R17)."""
+        if session.is_recorded or not session.buyer or status == 429:  # a flood must not fill the ledger
+            return
+        session.is_recorded = True
+        recording = asyncio.ensure_future(self._to_the_end(self._record(session, status, code)))
+        await asyncio.wait({recording}, timeout=RECORD_S_MAX)
+
+    async def _record(self, session: Session, status: int, code: str) -> None:
+        node = session.node
+        charge = Charge(
+            id=session.request_id,
+            buyer=session.buyer,
+            operator=None if node is None else await self._accounts.operator(UUID(node.operator_id)),
+            node=None if node is None else node_uuid(node.node_id),
+            model=session.model[:MODEL_CHARACTERS_MAX],
+            key_id=session.key_id,
+            latency_ms=self._elapsed_ms(session, self._clock.monotonic()),
+            status=status,
+            finish=code[:FINISH_CHARACTERS_MAX],
+            stream=session.is_stream,
+        )
+        await self._poster.post(charge)
+
+    # ---- counting and pricing
+
+    async def _count(self, session: Session) -> Usage:
+        answer, counter, request = session.answer, session.counter, session.request
+        assert answer is not None
+        assert counter is not None
+        assert request is not None
+        written = answer.written()
+        stops, ignores_end = request.stops, bool(request.ignore_eos)
+
+        def count() -> int:
+            return sum(
+                counter.completion_tokens(choice, stops=stops, ignores_end=ignores_end) for choice in written
+            )
+
+        is_big = sum(len(choice.everything) for choice in written) > BIG_TEXT_BYTES
+        return settle(
+            prompt_counted=session.prompt_tokens,
+            prompt_reported=answer.prompt_reported,
+            completion_counted=await asyncio.to_thread(count) if is_big else count(),
+            completion_reported=answer.completion_reported,
+            completion_limit=session.max_tokens * session.choices,
+        )
+
+    async def _charge(self, session: Session, hold: Hold | None, usage: Usage, status: int) -> Charge:
+        node, answer = session.node, session.answer
+        assert node is not None
+        assert answer is not None
+        if usage.is_drifting:
+            metrics.DRIFT.inc()
+            _log.warning("request %s: node %s counts otherwise than we do", session.request_id, node.node_id)
+        amount = cost(
+            tokens_in=usage.tokens_in, tokens_out=usage.tokens_out,
+            price_in=node.price_in, price_out=node.price_out,
+        )  # fmt: skip
+        amount = min(amount, ZERO if hold is None else hold.amount)  # V2
+        first = session.first_delta
+        return Charge(
+            id=session.request_id,
+            buyer=session.buyer,
+            amount=amount,
+            fee=split(amount)[1],
+            operator=await self._accounts.operator(UUID(node.operator_id)),
+            node=node_uuid(node.node_id),
+            model=session.model,
+            key_id=session.key_id,
+            tok_in=usage.tokens_in,
+            tok_out=usage.tokens_out,
+            counted_by=usage.counted_by,
+            price_version=node.price_version,
+            latency_ms=self._elapsed_ms(session, self._clock.monotonic()),
+            ttft_ms=None if first is None else self._elapsed_ms(session, first),
+            status=status,
+            finish=answer.finish_reason,
+            stream=session.is_stream,
+        )
+
+    def _elapsed_ms(self, session: Session, until: float) -> int:
+        return int((until - session.started) * 1000)
+
+    # ---- posting
+
+    async def _attempt(self, session: Session, hold: Hold | None, usage: Usage, status: int) -> Charge:
+        charge = await self._charge(session, hold, usage, status)
+        await self._poster.post(charge, hold if charge.amount != ZERO else None)
+        return charge
+
+    async def _attempt_later(self, session: Session, hold: Hold | None, usage: Usage, status: int) -> None:
+        try:
+            for pause_s in RETRY_PAUSES_S:
+                await asyncio.sleep(pause_s)
+                try:
+                    _measure(await self._attempt(session, hold, usage, status))
+                except LedgerUnavailable:
+                    continue
+                return
+            _log.critical(
+                "request %s: what it costs could not be posted (%d and %d tokens)",
+                session.request_id, usage.tokens_in, usage.tokens_out,
+            )  # fmt: skip
+        finally:
+            if hold is not None:
+                self._keeper.release(hold)
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Wait for work that goes on even if nobody waits for it any more."""
+        return await asyncio.shield(self._start(work))
+
+    def _start(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            level = logging.WARNING if isinstance(error, LedgerError) else logging.ERROR
+            _log.log(level, "a settlement failed: %s", type(error).__name__)
+
+
+def _measure(charge: Charge) -> None:
+    metrics.TOKENS.labels(direction="in").inc(charge.tok_in)
+    metrics.TOKENS.labels(direction="out").inc(charge.tok_out)
+    metrics.CHARGED_NANO.inc(charge.amount.n)

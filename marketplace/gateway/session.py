@@ -1,0 +1,58 @@
+"""One chat request's facts, filled in as it is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from marketplace.gateway.answer import Answer
+from marketplace.gateway.requests import ChatRequest
+from marketplace.ledger.lease_book import Hold
+from marketplace.metering.counting import TokenCounter
+from marketplace.platform.limits import Taken
+from marketplace.routing.choice import Decision, NodeView
+from node_agent.protocol import Delta
+
+
+@dataclass(slots=True)
+class Session:
+    """What is known of a request so far."""
+
+    request_id: UUID
+    started: float
+    """Monotonic seconds."""
+    key_id: UUID | None = None
+    person_id: UUID | None = None
+    buyer: int = 0
+    """Ledger account; 0 until the key is known."""
+    model: str = ""
+    request: ChatRequest | None = None
+    counter: TokenCounter | None = None
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    """Per choice, as the node is told."""
+    clamped_from: int | None = None
+    """What the buyer wanted, where the balance affords less."""
+    taken: Taken | None = None
+    hold: Hold | None = None
+    """Ours until a settlement takes it over."""
+    decision: Decision | None = None
+    node: NodeView | None = None
+    """The node being asked; its prices are the ones in force for this request (V7)."""
+    answer: Answer | None = None
+    first_delta: float | None = None
+    has_streamed: bool = False
+    """Bytes of an answer have left for the buyer: no other node may take over, no other status be sent."""
+    held_back: list[Delta] = field(default_factory=list)
+    """The stream's last frames, which wait for the charge's commit."""
+    is_recorded: bool = False
+    """Its usage row is posted, or on its way."""
+    status: int = 0
+
+    @property
+    def is_stream(self) -> bool:
+        return self.request is not None and self.request.is_stream
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.request is None else self.request.choices
