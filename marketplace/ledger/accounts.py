@@ -2,7 +2,7 @@
 
 posted = credits − debits.  What we owe is positive (buyer, operator_earnings, payouts_in_flight,
 unattributed, platform_revenue); what we have is negative (escrow, unswept, stripe); what we gave up
-(promo, loss) and lent (early_credit) is negative too.  All balances together are zero.
+(promo, loss, fees) and lent (early_credit) is negative too.  All balances together are zero.
 
 An account is named by its kind and owner; the number it gets is for rows, not for people.
 """
@@ -43,6 +43,7 @@ class Kind(StrEnum):
     PROMO = "promo"
     LOSS = "loss"
     EARLY_CREDIT = "early_credit"
+    FEES = "fees"  # what card and chain services kept of money on its way
 
 
 OWNED_BY_CHAIN: Final = frozenset({Kind.PAYOUTS_IN_FLIGHT, Kind.UNSWEPT, Kind.ESCROW, Kind.UNATTRIBUTED})
@@ -51,7 +52,7 @@ ASSETS: Final = frozenset({Kind.UNSWEPT, Kind.ESCROW, Kind.STRIPE_PENDING, Kind.
 FLOORED: Final = frozenset(
     {Kind.BUYER, Kind.OPERATOR_EARNINGS, Kind.PAYOUTS_IN_FLIGHT, Kind.UNATTRIBUTED},
 )
-"""Kinds whose available amount may never fall below zero."""
+"""Kinds with a floor: their available amount falls below zero by permission only (see `overdrafts`)."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -109,6 +110,8 @@ STRIPE_PENDING: Final = Account(Kind.STRIPE_PENDING, THE_PLATFORM)
 STRIPE_AVAILABLE: Final = Account(Kind.STRIPE_AVAILABLE, THE_PLATFORM)
 PROMO: Final = Account(Kind.PROMO, THE_PLATFORM)
 LOSS: Final = Account(Kind.LOSS, THE_PLATFORM)
+EARLY_CREDIT: Final = Account(Kind.EARLY_CREDIT, THE_PLATFORM)
+FEES: Final = Account(Kind.FEES, THE_PLATFORM)
 
 
 class TransferKind(StrEnum):
@@ -125,6 +128,16 @@ class TransferKind(StrEnum):
     UNCOLLECTABLE = "uncollectable"
     COUPON = "coupon"
     REFUND = "refund"
+    CHARGE_REFUND_OPERATOR = "charge_refund_operator"
+    CHARGE_REFUND_PLATFORM = "charge_refund_platform"
+    CARD_REFUND = "card_refund"
+    DISPUTE = "dispute"
+    DISPUTE_WON = "dispute_won"
+    CARD_FEE = "card_fee"
+    SWEEP_FEE = "sweep_fee"
+    EARLY_CREDIT = "early_credit"
+    EARLY_CREDIT_REPAID = "early_credit_repaid"
+    DUST = "dust"
     TOP_UP = "top_up"
     TOP_UP_AVAILABLE = "top_up_available"
     REVERSAL = "reversal"
@@ -148,6 +161,16 @@ PERMITTED: Final[Mapping[TransferKind, frozenset[Flow]]] = {
     TransferKind.UNCOLLECTABLE: frozenset({(Kind.LOSS, Kind.BUYER)}),
     TransferKind.COUPON: frozenset({(Kind.PROMO, Kind.BUYER)}),
     TransferKind.REFUND: frozenset({(Kind.PLATFORM_REVENUE, Kind.BUYER)}),
+    TransferKind.CHARGE_REFUND_OPERATOR: frozenset({(Kind.OPERATOR_EARNINGS, Kind.BUYER)}),
+    TransferKind.CHARGE_REFUND_PLATFORM: frozenset({(Kind.PLATFORM_REVENUE, Kind.BUYER)}),
+    TransferKind.CARD_REFUND: frozenset({(Kind.BUYER, Kind.STRIPE_AVAILABLE)}),
+    TransferKind.DISPUTE: frozenset({(Kind.BUYER, Kind.STRIPE_AVAILABLE)}),
+    TransferKind.DISPUTE_WON: frozenset({(Kind.STRIPE_AVAILABLE, Kind.BUYER)}),
+    TransferKind.CARD_FEE: frozenset({(Kind.FEES, Kind.STRIPE_AVAILABLE), (Kind.FEES, Kind.STRIPE_PENDING)}),
+    TransferKind.SWEEP_FEE: frozenset({(Kind.FEES, Kind.UNSWEPT)}),
+    TransferKind.EARLY_CREDIT: frozenset({(Kind.EARLY_CREDIT, Kind.BUYER)}),
+    TransferKind.EARLY_CREDIT_REPAID: frozenset({(Kind.BUYER, Kind.EARLY_CREDIT)}),
+    TransferKind.DUST: frozenset({(Kind.OPERATOR_EARNINGS, Kind.PLATFORM_REVENUE)}),
     TransferKind.TOP_UP: frozenset({(Kind.STRIPE_PENDING, Kind.BUYER)}),
     TransferKind.TOP_UP_AVAILABLE: frozenset({(Kind.STRIPE_AVAILABLE, Kind.STRIPE_PENDING)}),
     # A correction is a person's decision with a reason, and may face any two kinds; so may undoing something.
@@ -167,8 +190,8 @@ class Balance:
 
     @property
     def available(self) -> Nano:
-        """What can still be spent or held: posted − held − floor."""
-        return self.posted - self.held - (self.floor or Nano(0))
+        """What can still be spent or held: posted − held; spending stops at zero, wherever the floor is."""
+        return self.posted - self.held
 
 
 async def ensure_account(conn: AsyncConnection, account: Account) -> int:

@@ -5,6 +5,7 @@ LedgerError
 │   ├── InsufficientFunds    the account's available amount does not cover it
 │   ├── KeyReused            this business key was used with other inputs
 │   ├── FlowForbidden        these kinds of account may not face each other in this transfer
+│   ├── AmountTooLarge       a balance would no longer fit 64 bits
 │   ├── UnknownAccount       a charge or lease names an account the ledger does not have
 │   ├── ReversalRefused      more than the original, of a reversal, or of nothing
 │   └── ChargeRefused        the database refuses this one charge; its batch went through without it
@@ -44,6 +45,10 @@ class FlowForbidden(LedgerRefusal):
 
 class UnknownAccount(LedgerRefusal):
     """The ledger has no such account."""
+
+
+class AmountTooLarge(LedgerRefusal):
+    """A balance would leave int64: nine billion dollars."""
 
 
 class ReversalRefused(LedgerRefusal):

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from uuid import UUID
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.ledger.accounts import Account, ensure_account
@@ -42,13 +43,28 @@ async def release(conn: AsyncConnection, hold_id: UUID) -> Nano | None:
 
     To spend what was held, release it and post the transfer in the same transaction.
     """
-    owner = await conn.scalar(select(holds.c.account).where(holds.c.id == hold_id))
-    if owner is None:
-        return None
-    await lock_balances(conn, [owner])
-    amount = await conn.scalar(delete(holds).where(holds.c.id == hold_id).returning(holds.c.amount))
-    if amount is None:
-        return None
-    statement = update(balances).where(balances.c.account_id == owner)
-    await conn.execute(statement.values(held=balances.c.held - amount))
-    return Nano(amount)
+    return (await release_all(conn, [hold_id])).get(hold_id)
+
+
+async def release_all(conn: AsyncConnection, hold_ids: Sequence[UUID]) -> dict[UUID, Nano]:
+    """End these holds and give back the amounts of those that had not ended before."""
+    ids = list(set(hold_ids))
+    owners = set(await conn.scalars(select(holds.c.account).where(holds.c.id.in_(ids))))
+    if not owners:
+        return {}
+    await lock_balances(conn, owners)
+    statement = delete(holds).where(holds.c.id.in_(ids))
+    ended = (await conn.execute(statement.returning(holds.c.id, holds.c.account, holds.c.amount))).all()
+    totals: dict[int, int] = {}
+    for row in ended:
+        totals[row.account] = totals.get(row.account, 0) + row.amount
+    await conn.execute(_UNHOLD, {"ids": list(totals), "amounts": list(totals.values())})
+    return {row.id: Nano(row.amount) for row in ended}
+
+
+_UNHOLD = text(
+    """
+    UPDATE balances b SET held = b.held - u.amount
+    FROM unnest(CAST(:ids AS BIGINT[]), CAST(:amounts AS BIGINT[])) AS u (id, amount)
+    WHERE b.account_id = u.id""",
+)

@@ -308,9 +308,11 @@ async def _lock_and_move(
     shortfalls: dict[int, int] = {}
     for account, amount in moves.buyers.items():
         row = locked[account]
-        available = row["posted"] - amount - (row["held"] - unheld.get(account, 0))
-        if row["floor"] is not None and available < row["floor"]:
-            shortfalls[account] = row["floor"] - available
+        before = row["posted"] - row["held"]
+        after = before - amount + unheld.get(account, 0)
+        lowest = min(0, before)  # what no lease covers may take what is available, and nothing beyond
+        if row["floor"] is not None and after < lowest:
+            shortfalls[account] = lowest - after
     if shortfalls and not with_loss:
         raise NeedsLossAccountError
     posted = dict.fromkeys(wanted, 0)

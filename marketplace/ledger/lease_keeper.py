@@ -26,12 +26,13 @@ from uuid import UUID
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from marketplace.ledger import leases
+from marketplace.ledger import leases, overdrafts
 from marketplace.ledger.errors import InsufficientFunds, LedgerUnavailable
 from marketplace.ledger.ids import NewId, uuid7
-from marketplace.ledger.lease_book import Hold, LeaseBook, Slice
+from marketplace.ledger.lease_book import Hold, HoldState, LeaseBook, Slice
 from marketplace.ledger.leases import LEASE_TTL_MS, REAP_MARGIN_MS, SLICE_MAX, Granted
 from marketplace.ledger.money import ZERO, Nano
+from marketplace.ledger.overdrafts import Overdraft
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +55,13 @@ class LeaseKeeper:
         clock_ns: Callable[[], int] = time.monotonic_ns,
         ttl_ms: int = LEASE_TTL_MS,
         slice_max: Nano = SLICE_MAX,
+        overdraft: Overdraft | None = None,
     ) -> None:
-        """`worker` names this process and no other, not even its own predecessor."""
+        """`worker` names this process and no other, not even its own predecessor.
+
+        With `overdraft`, a request that the buyer's money does not cover may get its whole hold all the
+        same (R12); without, it gets what is left.
+        """
         self._engine = engine
         self._worker = worker
         self._new_id = new_id
@@ -63,6 +69,9 @@ class LeaseKeeper:
         self._ttl_ms = ttl_ms
         self._stop_early_ms = min(STOP_BEFORE_EXPIRY_MS, ttl_ms // 5)
         self._slice_max = slice_max
+        self._overdraft = overdraft
+        self._overdrawn: dict[UUID, Slice] = {}
+        self._returning: set[asyncio.Task[None]] = set()
         self._book = LeaseBook(clock_ns)
         self._locks: dict[int, asyncio.Lock] = {}
         self._refilling: dict[int, asyncio.Task[None]] = {}
@@ -92,7 +101,7 @@ class LeaseKeeper:
         tasks = [*self._refilling.values(), *([self._keeping] if self._keeping else [])]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._returning, return_exceptions=True)
         for part in self._book:
             await self._return_idle(part.buyer, unused_since_ns=self._clock_ns())
 
@@ -100,7 +109,8 @@ class LeaseKeeper:
         """Set `amount` aside for one request of account `buyer`.
 
         With `minimum`, a buyer who cannot afford `amount` gets a hold of what is left, at least
-        `minimum`: look at `hold.amount`.  Raises `InsufficientFunds`, `UnknownAccount`, or
+        `minimum`: look at `hold.amount`.  With an overdraft he gets all of `amount` for one such request at
+        a time, within the terms.  Raises `InsufficientFunds`, `UnknownAccount`, or
         `LedgerUnavailable` when a lease is needed and the database does not answer.
         """
         if amount.n < 0:
@@ -121,16 +131,24 @@ class LeaseKeeper:
     def settle(self, hold: Hold, cost: Nano) -> None:
         """End a hold whose charge is durable (the poster calls this)."""
         self._book.settle(hold, cost.n)
+        if self._overdrawn:
+            self._return_overdraft(hold)
 
     def release(self, hold: Hold) -> None:
         """End a hold that cost nothing; harmless if its charge was posted or accepted for posting."""
         self._book.release(hold)
+        if self._overdrawn:
+            self._return_overdraft(hold)
 
     async def _authorise_slowly(self, buyer: int, amount: Nano, least: Nano) -> Hold:
         async with self._lock(buyer):
             hold = self._book.authorise(buyer, amount.n)  # another request may have fetched enough
             if hold is not None:
                 return hold
+            if self._overdraft is not None:
+                hold = await self._authorise_beyond(buyer, amount, least, self._overdraft)
+                if hold is not None:
+                    return hold
             try:
                 await self._fetch(buyer, amount, least)
             except InsufficientFunds as e:
@@ -143,6 +161,55 @@ class LeaseKeeper:
                 self._book.release(hold)
             raise LedgerUnavailable("the lease ended before it could be used")
         return hold
+
+    async def _authorise_beyond(self, buyer: int, amount: Nano, least: Nano, terms: Overdraft) -> Hold | None:
+        """The whole amount from the balance, else by overdraft; None if neither has more than is left."""
+        try:
+            await self._fetch(buyer, amount, amount)
+        except InsufficientFunds as e:
+            left = Nano(max(0, e.available_nano) + self._live_free(buyer))
+        else:
+            return self._book.authorise(buyer, amount.n)
+        part = self._book.slice_of(buyer)
+        free = 0 if part is None else part.free_nano
+        if part is not None:
+            part.free_nano = 0  # nobody else may use it while it is being returned
+        asked_at_ns = self._clock_ns()
+        more_than_left = max(least, Nano(left.n + 1))
+        try:
+            async with self._engine.begin() as conn:
+                if part is not None:
+                    await leases.shrink(conn, part.lease_id, Nano(free))
+                granted = await overdrafts.lend(
+                    conn,
+                    buyer,
+                    self._worker,
+                    minimum=min(more_than_left, amount),
+                    wanted=amount,
+                    terms=terms,
+                    ttl_ms=self._ttl_ms,
+                    new_id=self._new_id,
+                )
+        except InsufficientFunds:
+            if part is not None:
+                part.free_nano += free  # rolled back.  After a fault it may not have been: then it lapses
+            return None
+        own = Slice(granted.lease_id, buyer, 0, granted.amount.n, 0, self._usable_until(asked_at_ns))
+        self._overdrawn[own.lease_id] = own
+        return Hold(own, granted.amount.n)
+
+    def _return_overdraft(self, hold: Hold) -> None:
+        """What one overdrawn request left of its lease serves no other: back to the balance."""
+        if hold.state is not HoldState.ENDED or self._overdrawn.pop(hold.lease_id, None) is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._give_back(hold.lease_id), name="overdraft-return")
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
+
+    async def _give_back(self, lease_id: UUID) -> None:
+        with contextlib.suppress(*_UNREACHABLE):  # then it expires and is reaped
+            async with self._engine.begin() as conn:
+                await leases.give_back(conn, lease_id)
 
     async def _fetch(self, buyer: int, amount: Nano, least: Nano) -> None:
         """Make the buyer's slice live and at least `least` free, `amount` if there is as much."""
@@ -259,11 +326,13 @@ class LeaseKeeper:
             await self._return_idle(part.buyer, unused_since_ns=idle_since_ns)
         for part in self._book:
             await self._return_excess(part)
-        asked, asked_at_ns = {part.lease_id for part in self._book}, self._clock_ns()
+        asked, asked_at_ns = {part.lease_id for part in self._book} | self._overdrawn.keys(), self._clock_ns()
         async with self._engine.begin() as conn:
             alive = await leases.renew(conn, self._worker, asked, ttl_ms=self._ttl_ms) if asked else set()
         self._book.renewed(alive, usable_until_ns=self._usable_until(asked_at_ns))
         self._book.drop(asked - alive)
+        for lease_id in asked - alive:
+            self._overdrawn.pop(lease_id, None)
         async with self._engine.begin() as conn:
             await leases.reap(conn, margin_ms=REAP_MARGIN_MS)
         self._forget_locks()
@@ -273,9 +342,7 @@ class LeaseKeeper:
             part = self._book.take_out_idle(buyer, unused_since_ns=unused_since_ns)
             if part is None:
                 return
-            with contextlib.suppress(*_UNREACHABLE):  # then it expires and is reaped
-                async with self._engine.begin() as conn:
-                    await leases.give_back(conn, part.lease_id)
+            await self._give_back(part.lease_id)
 
     async def _return_excess(self, part: Slice) -> None:
         async with self._lock(part.buyer):

@@ -39,10 +39,9 @@ class Granted:
 _GRANT: Final = """
     WITH quoted AS (
         SELECT account_id,
-               LEAST((posted - COALESCE(floor, 0)) / 100, CAST(:cap AS BIGINT)) AS usual,
-               LEAST(posted - held - COALESCE(floor, 0),
-                     GREATEST(CAST(:wanted AS BIGINT),
-                              LEAST((posted - COALESCE(floor, 0)) / 100, CAST(:cap AS BIGINT)))) AS amount
+               LEAST(posted / 100, CAST(:cap AS BIGINT)) AS usual,
+               LEAST(posted - held,
+                     GREATEST(CAST(:wanted AS BIGINT), LEAST(posted / 100, CAST(:cap AS BIGINT)))) AS amount
         FROM balances WHERE account_id = :buyer FOR NO KEY UPDATE
     ), taken AS (
         UPDATE balances b SET held = b.held + q.amount FROM quoted q
@@ -209,7 +208,7 @@ def _grant_values(
 
 
 async def _refusal(conn: AsyncConnection, buyer: int, minimum: Nano) -> InsufficientFunds | UnknownAccount:
-    statement = text("SELECT posted - held - COALESCE(floor, 0) FROM balances WHERE account_id = :buyer")
+    statement = text("SELECT posted - held FROM balances WHERE account_id = :buyer")
     available = await conn.scalar(statement, {"buyer": buyer})
     if available is None:
         return UnknownAccount(f"no balance for account {buyer}")

@@ -1,6 +1,6 @@
 """The ledger's tables as SQLAlchemy sees them.
 
-The migration `ledger_0001` is the truth (constraints, partitions, grants); a test compares the two.
+The migrations `ledger_…` are the truth (constraints, partitions, grants); a test compares the two.
 Amounts are nano-dollars; `posted` is credits − debits.
 """
 
@@ -12,11 +12,13 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Date,
     DateTime,
     Identity,
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     SmallInteger,
     Table,
     Text,
@@ -81,6 +83,7 @@ transfers: Final = Table(
     Column("reverses", Uuid),
     Column("note", Text, nullable=False, server_default=""),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("lifts_floor", Boolean, nullable=False, server_default="false"),
 )
 
 leases: Final = Table(
@@ -115,4 +118,51 @@ batches: Final = Table(
     Column("prev_hash", LargeBinary, nullable=False),
     Column("hash", LargeBinary, nullable=False),
     Column("posted_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
+overdrafts: Final = Table(
+    "overdrafts",
+    ledger_metadata,
+    Column("account_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("limit_nano", BigInteger, nullable=False),
+    Column("is_drawn", Boolean, nullable=False, server_default="false"),
+)
+
+usage_daily: Final = Table(
+    "usage_daily",
+    ledger_metadata,
+    Column("day", Date, nullable=False),
+    Column("buyer", BigInteger, nullable=False),
+    Column("operator", BigInteger, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("tok_in", Numeric, nullable=False),
+    Column("tok_out", Numeric, nullable=False),
+    Column("amount", Numeric, nullable=False),
+    Column("fee", Numeric, nullable=False),
+)
+
+rollup_marks: Final = Table(
+    "rollup_marks",
+    ledger_metadata,
+    Column("lane", SmallInteger, primary_key=True, autoincrement=False),
+    Column("n", BigInteger, nullable=False),
+)
+
+archived_months: Final = Table(
+    "archived_months",
+    ledger_metadata,
+    Column("month", Date, primary_key=True),
+    Column("upper_id", Uuid, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("detached_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
+archived_moves: Final = Table(
+    "archived_moves",
+    ledger_metadata,
+    Column("month", Date, primary_key=True),
+    Column("account", BigInteger, primary_key=True, autoincrement=False),
+    Column("delta", Numeric, nullable=False),
 )

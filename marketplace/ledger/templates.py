@@ -17,8 +17,18 @@ payout_failed          payouts_in_flight:c      operator_earnings       owed as 
 uncollectable          loss                     buyer                   we carry what the buyer cannot
 coupon                 promo                    buyer                   a gift
 refund                 platform_revenue:lane    buyer                   goodwill out of our own share
+charge_refund          operator_earnings and    buyer                   a charge is taken back from both
+                       platform_revenue:lane                            who had shared it
 top_up                 stripe_pending           buyer                   a card payment
 top_up_available       stripe_available         stripe_pending          Stripe released it
+card_refund            buyer                    stripe_available        unspent credit goes back to the card
+dispute                buyer                    stripe_available        the bank took it back, spent or not
+dispute_won            stripe_available         buyer                   the bank gave it back
+card_fee               fees                     stripe_…                Stripe kept it
+sweep_fee              fees                     unswept:c               a relayer kept it on the way
+early_credit           early_credit             buyer                   lent against a deposit not yet final
+early_credit_repaid    buyer                    early_credit            the deposit is final: the loan ends
+dust                   operator_earnings        platform_revenue:lane   what no token carries, at the end
 reversal               original's credit        original's debit        undoes a transfer, wholly or in part
 correction             any                      any                     a person's decision, with its reason
 =====================  =======================  ======================  ==============================
@@ -48,12 +58,23 @@ ON_CHAIN: Final = frozenset(
         TransferKind.DEPOSIT_DIRECT,
         TransferKind.DEPOSIT_UNATTRIBUTED,
         TransferKind.SWEEP,
+        TransferKind.SWEEP_FEE,
         TransferKind.WITHDRAWAL_PLANNED,
         TransferKind.PAYOUT_FINAL,
         TransferKind.PAYOUT_FAILED,
     },
 )
 """Kinds that mirror a token movement: whole micros only."""
+
+LIFTING: Final = frozenset(
+    {
+        TransferKind.DISPUTE,
+        TransferKind.REVERSAL,
+        TransferKind.CORRECTION,
+        TransferKind.EARLY_CREDIT_REPAID,
+    },
+)
+"""Kinds that may leave the debited account below its floor, if they say so: the money is gone anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +88,7 @@ class Transfer:
     ref: str
     reverses: UUID | None = None
     note: str = ""
+    lifts_floor: bool = False
 
     def __post_init__(self) -> None:
         if (self.debit.kind, self.credit.kind) not in PERMITTED[self.kind] or self.debit == self.credit:
@@ -81,6 +103,10 @@ class Transfer:
             raise ValueError(f"a note has at most {NOTE_CHARACTERS_MAX} characters")
         if (self.reverses is None) == (self.kind is TransferKind.REVERSAL):
             raise ValueError("a reversal, and only a reversal, names what it reverses")
+        if self.lifts_floor and self.kind not in LIFTING:
+            raise FlowForbidden(f"{self.kind} may not break a floor")
+        if self.kind is TransferKind.DUST and self.amount.n >= NANO_PER_MICRO:
+            raise ValueError("a whole micro is no dust: it can be paid out")
 
     @property
     def input_hash(self) -> bytes:
@@ -93,6 +119,7 @@ class Transfer:
             self.ref,
             str(self.reverses or ""),
             self.note,
+            *(["lifts_floor"] if self.lifts_floor else []),
         ]
         return hashlib.sha256(json.dumps(inputs, separators=(",", ":")).encode()).digest()
 
@@ -239,8 +266,137 @@ def top_up_available(*, amount: Nano, ref: str) -> Transfer:
     )
 
 
-def reversal(*, of: UUID, original: Transfer, amount: Nano, ref: str, note: str = "") -> Transfer:
+def charge_refund(
+    *, person: str, operator: str, lane: int, earned: Nano, fee: Nano, ref: str, note: str = ""
+) -> tuple[Transfer, ...]:
+    """Take a charge back from both who had shared it; `ref` = the charge's id, so only once.
+
+    `refunds.refund_charge` works out the shares and posts them together; a share of zero has no transfer.
+
+    >>> one, two = charge_refund(
+    ...     person="ann", operator="olga", lane=0, earned=Nano(80), fee=Nano(20), ref="charge-1")
+    >>> str(one.debit), str(two.debit), str(two.credit)
+    ('operator_earnings:olga', 'platform_revenue:0', 'buyer:ann')
+    """
+    buyer = accounts.buyer(person)
+    parts = (
+        (TransferKind.CHARGE_REFUND_OPERATOR, accounts.operator_earnings(operator), earned),
+        (TransferKind.CHARGE_REFUND_PLATFORM, accounts.platform_revenue(lane), fee),
+    )
+    return tuple(
+        Transfer(kind, source, buyer, part, ref, note=note) for kind, source, part in parts if part.n
+    )
+
+
+def card_refund(*, person: str, amount: Nano, ref: str) -> Transfer:
+    """Send unspent credit back to the card it came from; `ref` = the refund's id at Stripe.
+
+    >>> t = card_refund(person="ann", amount=Nano(5_000_000_000), ref="re_1")
+    >>> str(t.debit), str(t.credit)
+    ('buyer:ann', 'stripe_available')
+    """
+    return Transfer(TransferKind.CARD_REFUND, accounts.buyer(person), accounts.STRIPE_AVAILABLE, amount, ref)
+
+
+def dispute(*, person: str, amount: Nano, ref: str) -> Transfer:
+    """The bank took a card payment back: from the buyer, spent or not; `ref` = the dispute's id at Stripe.
+
+    It breaks the buyer's floor where it must, and says so: the money has left already.
+
+    >>> t = dispute(person="ann", amount=Nano(5_000_000_000), ref="dp_1")
+    >>> str(t.debit), str(t.credit), t.lifts_floor
+    ('buyer:ann', 'stripe_available', True)
+    """
+    return Transfer(
+        TransferKind.DISPUTE,
+        accounts.buyer(person),
+        accounts.STRIPE_AVAILABLE,
+        amount,
+        ref,
+        lifts_floor=True,
+    )
+
+
+def dispute_won(*, person: str, amount: Nano, ref: str) -> Transfer:
+    """The bank decided for us and gave the money back; `ref` = the dispute's id, so only once.
+
+    >>> t = dispute_won(person="ann", amount=Nano(5_000_000_000), ref="dp_1")
+    >>> str(t.debit), str(t.credit)
+    ('stripe_available', 'buyer:ann')
+    """
+    return Transfer(TransferKind.DISPUTE_WON, accounts.STRIPE_AVAILABLE, accounts.buyer(person), amount, ref)
+
+
+def card_fee(*, amount: Nano, ref: str, is_pending: bool = False) -> Transfer:
+    """Stripe kept a fee of a payment or a dispute; `ref` = the balance transaction's id at Stripe.
+
+    >>> t = card_fee(amount=Nano(15_000_000_000), ref="txn_1")
+    >>> str(t.debit), str(t.credit)
+    ('fees', 'stripe_available')
+    """
+    source = accounts.STRIPE_PENDING if is_pending else accounts.STRIPE_AVAILABLE
+    return Transfer(TransferKind.CARD_FEE, accounts.FEES, source, amount, ref)
+
+
+def sweep_fee(*, chain: str, amount: Nano, ref: str) -> Transfer:
+    """USDC that a relayer kept when a deposit address was swept; `ref` = chain and key of the movement.
+
+    >>> t = sweep_fee(chain="base", amount=Nano(2_000), ref="base:0xdef:1")
+    >>> str(t.debit), str(t.credit)
+    ('fees', 'unswept:base')
+    """
+    return Transfer(TransferKind.SWEEP_FEE, accounts.FEES, accounts.unswept(chain), amount, ref)
+
+
+def early_credit(*, person: str, amount: Nano, ref: str) -> Transfer:
+    """Lend a buyer a deposit that is seen and not yet final; `ref` = the deposit's own.
+
+    >>> t = early_credit(person="ann", amount=Nano(1_000), ref="ethereum:0xabc:3")
+    >>> str(t.debit), str(t.credit)
+    ('early_credit', 'buyer:ann')
+    """
+    return Transfer(TransferKind.EARLY_CREDIT, accounts.EARLY_CREDIT, accounts.buyer(person), amount, ref)
+
+
+def early_credit_repaid(*, person: str, amount: Nano, ref: str, is_called_in: bool = False) -> Transfer:
+    """End the loan; `ref` = the deposit's own.  Post it right after the deposit, in one transaction.
+
+    `is_called_in`: the deposit never became final, and the loan ends although the money may be spent.
+
+    >>> t = early_credit_repaid(person="ann", amount=Nano(1_000), ref="ethereum:0xabc:3")
+    >>> str(t.debit), str(t.credit), t.lifts_floor
+    ('buyer:ann', 'early_credit', False)
+    """
+    return Transfer(
+        TransferKind.EARLY_CREDIT_REPAID,
+        accounts.buyer(person),
+        accounts.EARLY_CREDIT,
+        amount,
+        ref,
+        lifts_floor=is_called_in,
+    )
+
+
+def dust(*, person: str, lane: int, amount: Nano, ref: str) -> Transfer:
+    """Keep what no token can carry when an operator's account is closed; `ref` = the case.
+
+    >>> t = dust(person="olga", lane=0, amount=Nano(999), ref="closed:olga")
+    >>> str(t.debit), str(t.credit)
+    ('operator_earnings:olga', 'platform_revenue:0')
+    >>> dust(person="olga", lane=0, amount=Nano(1_000), ref="closed:olga")
+    Traceback (most recent call last):
+    ValueError: a whole micro is no dust: it can be paid out
+    """
+    source = accounts.operator_earnings(person)
+    return Transfer(TransferKind.DUST, source, accounts.platform_revenue(lane), amount, ref)
+
+
+def reversal(
+    *, of: UUID, original: Transfer, amount: Nano, ref: str, note: str = "", lifts_floor: bool = False
+) -> Transfer:
     """Undo a posted transfer, wholly or in part; posting refuses more than the original in total.
+
+    `lifts_floor`: even if the money is spent already, as for a deposit that its chain took back.
 
     >>> paid = top_up(person="ann", amount=Nano(500), ref="pi_1")
     >>> t = reversal(of=UUID(int=1), original=paid, amount=Nano(200), ref="dispute-1")
@@ -248,11 +404,20 @@ def reversal(*, of: UUID, original: Transfer, amount: Nano, ref: str, note: str 
     ('buyer:ann', 'stripe_pending', '0.0000002')
     """
     return Transfer(
-        TransferKind.REVERSAL, original.credit, original.debit, amount, ref, reverses=of, note=note
+        TransferKind.REVERSAL,
+        original.credit,
+        original.debit,
+        amount,
+        ref,
+        reverses=of,
+        note=note,
+        lifts_floor=lifts_floor,
     )
 
 
-def correction(*, debit: Account, credit: Account, amount: Nano, ref: str, note: str) -> Transfer:
+def correction(
+    *, debit: Account, credit: Account, amount: Nano, ref: str, note: str, lifts_floor: bool = False
+) -> Transfer:
     """Put right what no other event explains; `note` says why and who decided.
 
     >>> t = correction(debit=accounts.LOSS, credit=accounts.escrow("base"), amount=Nano(1_000),
@@ -262,4 +427,4 @@ def correction(*, debit: Account, credit: Account, amount: Nano, ref: str, note:
     """
     if not note:
         raise ValueError("a correction says why")
-    return Transfer(TransferKind.CORRECTION, debit, credit, amount, ref, note=note)
+    return Transfer(TransferKind.CORRECTION, debit, credit, amount, ref, note=note, lifts_floor=lifts_floor)
