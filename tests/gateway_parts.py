@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import nats
 import uvicorn
 from pydantic import SecretStr
@@ -25,10 +27,11 @@ from marketplace.app import Gateway
 from marketplace.catalog.models import Tier, TokenizerFiles, add_model
 from marketplace.fabric.node_ids import node_id_of
 from marketplace.gateway.hot_route import protocol_for
-from marketplace.ledger.accounts import buyer
+from marketplace.ledger.accounts import PROMO, buyer, read_balance
 from marketplace.ledger.money import Nano
 from marketplace.ledger.posting import post_transfer
-from marketplace.ledger.templates import deposit
+from marketplace.ledger.reconcile import prove
+from marketplace.ledger.templates import correction, deposit
 from marketplace.platform.database import connect, transaction
 from marketplace.platform.embedded_nats import EmbeddedNats
 from marketplace.platform.ids import uuid7
@@ -37,6 +40,9 @@ from marketplace.platform.settings import Environment, Settings
 from node_agent import protocol
 
 MODEL = "letters"
+DOLLAR = 1_000_000_000
+HELLO: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}
+STREAM = {**HELLO, "stream": True}
 SECRET = "s" * 40
 PRICE_IN, PRICE_OUT = 1_000_000_000, 2_000_000_000
 CHATML = (
@@ -84,6 +90,8 @@ class StubNode:
     cancelled: list[str] = field(default_factory=list)
     connection: Any = None
     answering: set[asyncio.Future[None]] = field(default_factory=set)
+    credit: dict[str, int] = field(default_factory=dict)
+    """How many deltas each request may send, as granted by now."""
 
     async def start(self, server: EmbeddedNats) -> None:
         self.connection = await nats.connect(
@@ -95,6 +103,7 @@ class StubNode:
     async def _on_request(self, message: Any) -> None:
         request = protocol.decode_request(message.data)
         self.requests.append(request)
+        self.credit[request.id] = request.credit
         task = asyncio.ensure_future(self.answer(self, request, message.reply))
         self.answering.add(task)
         task.add_done_callback(self.answering.discard)
@@ -103,6 +112,8 @@ class StubNode:
         control = protocol.decode_control(message.data)
         if isinstance(control, protocol.Cancel):
             self.cancelled.append(control.id)
+        else:
+            self.credit[control.id] = max(control.up_to, self.credit[control.id])
 
     async def send(self, reply: str, frame: protocol.Frame) -> None:
         await self.connection.publish(reply, protocol.encode(frame))
@@ -138,6 +149,35 @@ def saying(
         await node.send(reply, protocol.End(seq, completion_tokens=reported or total))
 
     return answer
+
+
+def sending(*frames: protocol.Frame, pause_s: float = 0) -> Reply:
+    """These frames, whatever they say."""
+
+    async def answer(node: StubNode, request: protocol.Request, reply: str) -> None:
+        for frame in frames:
+            await node.send(reply, frame)
+            if pause_s:
+                await asyncio.sleep(pause_s)
+
+    return answer
+
+
+def said(text: str, *, index: int = 0, finish: str | None = None, **fields: Any) -> protocol.ChoiceDelta:
+    """A piece of a choice with the ids that spell it."""
+    ids = letters_tokenizer().encode(text, add_special_tokens=False).ids
+    return protocol.ChoiceDelta(
+        index=index, finish_reason=finish, **{"content": text, "token_ids": ids, **fields}
+    )
+
+
+def whole(*choices: protocol.ChoiceDelta, prompt: int | None = None, completion: int | None = None) -> Reply:
+    """An answer in one delta, ended as it should be."""
+    return sending(
+        protocol.Accepted(0),
+        protocol.Delta(1, list(choices)),
+        protocol.End(2, prompt_tokens=prompt, completion_tokens=completion),
+    )
 
 
 @dataclass
@@ -179,6 +219,51 @@ class RunningGateway:
             await asyncio.sleep(0.05)
         raise AssertionError("the gateway does not see the node")
 
+    async def chat(self, body: object, **headers: str) -> httpx.Response:
+        """One request to the chat route."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with httpx.AsyncClient(base_url=self.url, timeout=30) as http:
+            return await http.post(
+                "/v1/chat/completions", content=content, headers={**self.headers, **headers}
+            )
+
+    async def get(self, path: str) -> Any:
+        async with httpx.AsyncClient(base_url=self.url, headers=self.headers, timeout=30) as http:
+            answer = await http.get(path)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+    async def usage(self) -> list[dict[str, Any]]:
+        """The buyer's usage rows, newest first."""
+        rows: list[dict[str, Any]] = (await self.get("/api/usage"))["data"]
+        return rows
+
+    async def only_row(self) -> dict[str, Any]:
+        """The one usage row there is, waited for."""
+        async with asyncio.timeout(5):
+            while not (rows := await self.usage()):
+                await asyncio.sleep(0.02)
+        (row,) = rows
+        return row
+
+    async def assert_proved(self) -> None:
+        """Every invariant of the ledger holds, and nothing is held once the slices are returned."""
+        async with self.owner.connect() as connection:
+            failed = [check async for check in prove(connection) if not check.ok]
+        assert not failed, failed
+        assert all(part.reserved_nano == 0 for part in self.process.keeper.book)
+
+    async def raw(self, data: bytes, *, until_closed: bool = True) -> bytes:
+        """What the gateway answers to these bytes, up to the connection's end."""
+        host, port = self.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(data)
+        answer = await asyncio.wait_for(reader.read(), 10) if until_closed else b""
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        return answer
+
     async def fund(self, nano: int) -> None:
         """Deposit for the buyer, through the ledger."""
         async with transaction(self.process.engine) as connection:
@@ -186,7 +271,17 @@ class RunningGateway:
                 connection,
                 deposit(chain="base", person=str(self.person), amount=Nano(nano), ref=f"base:{uuid7()}"),
             )
-        assert buyer(str(self.person))
+
+    async def leave(self, nano: int) -> None:
+        """Take the buyer's balance down to this."""
+        async with transaction(self.process.engine) as connection:
+            account = buyer(str(self.person))
+            balance = await read_balance(connection, account)
+            assert balance is not None
+            amount = Nano(balance.posted.n - nano)
+            await post_transfer(
+                connection, correction(debit=account, credit=PROMO, amount=amount, ref="leave", note="test")
+            )
 
 
 def chains_json(folder: Path) -> Path:
@@ -235,7 +330,7 @@ async def running_gateway(
             ws="none", lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=2,
         )  # fmt: skip
         http = uvicorn.Server(config)
-        http.capture_signals = lambda: __import__("contextlib").nullcontext()  # type: ignore[method-assign]
+        http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         serving = asyncio.create_task(http.serve())
         while not http.started:
             await asyncio.sleep(0.01)
