@@ -28,6 +28,8 @@ class EvmNetwork:
     usdc: str
     expected_finality_s: int
     """How long a deposit usually waits for the `finalized` tag on the public network."""
+    unsupported: tuple[tuple[str, str], ...] = ()
+    """(address, name) of tokens people send by mistake: recorded with a support case, never credited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,33 @@ class SolanaNetwork:
     chain: Chain
     usdc_mint: str
     expected_finality_s: int
+    unsupported: tuple[tuple[str, str], ...] = ()
+    """(mint, name), as for EVM."""
 
 
-ETHEREUM: Final = EvmNetwork(Chain.ETHEREUM, 1, "0xA0b86991c6218b36c1d19D4a2e9Eb0cE3606eB48", 900)
-BASE: Final = EvmNetwork(Chain.BASE, 8453, "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02913", 1200)
-SOLANA: Final = SolanaNetwork(Chain.SOLANA, "EPjFWdd5AufqSSqeM2qN1xzybapC8G4wEGGkZwyTDt1v", 15)
+ETHEREUM: Final = EvmNetwork(
+    Chain.ETHEREUM,
+    1,
+    "0xA0b86991c6218b36c1d19D4a2e9Eb0cE3606eB48",
+    900,
+    (("0xdAC17F958D2ee523a2206206994597C13D831ec7", "USDT"),),
+)
+BASE: Final = EvmNetwork(
+    Chain.BASE,
+    8453,
+    "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02913",
+    1200,
+    (
+        ("0xd9aAEc86B65D86f6A7B5B1b0c42FFA531710b6CA", "USDbC"),
+        ("0xfde4C96c8593536E31F229EA8f37b2ADa2699bb2", "USDT"),
+    ),
+)
+SOLANA: Final = SolanaNetwork(
+    Chain.SOLANA,
+    "EPjFWdd5AufqSSqeM2qN1xzybapC8G4wEGGkZwyTDt1v",
+    15,
+    (("Es9vMFrzaCERmJfrF4H2FYD4KCoNkY11McCe8BenwNYB", "USDT"),),
+)
 
 EVM_NETWORKS: Final[dict[Chain, EvmNetwork]] = {n.chain: n for n in (ETHEREUM, BASE)}
 

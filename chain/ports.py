@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from chain.networks import Chain
 from chain.units import Micro
@@ -47,11 +47,56 @@ class TransferSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class Departure:
+    """USDC that left a watched token account (Solana), by balance difference; `key` is "<tx>:<account>".
+
+    EVM readers report none: a forwarder can pay nobody but the escrow, whose inbound log names it.
+    """
+
+    tx: str
+    key: str
+    height: int
+    block_hash: str
+    account: str
+    amount: Micro
+
+
+@dataclass(frozen=True, slots=True)
+class AccountChange:
+    """Somebody did to a watched token account (Solana) what only its owner's key can do."""
+
+    what: Literal["owner", "closed"]
+    tx: str
+    height: int
+    account: str
+    detail: str
+
+    @property
+    def alarm(self) -> str:
+        """Its name: what a person acknowledges."""
+        return f"{self.what}:{self.tx}:{self.account}"
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignTransfer:
+    """A token we do not take, on one of the chain's listed look-alikes, sent to a watched address."""
+
+    token: str
+    """Contract or mint."""
+    name: str
+    transfer: TransferSeen
+    """`amount` in the token's own smallest unit."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlockFacts:
-    """What one block said: its header and the watched inbound and outbound transfers in it."""
+    """What one block said of what we watch."""
 
     header: Header
     inbound: tuple[TransferSeen, ...]
+    outbound: tuple[Departure, ...] = ()
+    foreign: tuple[ForeignTransfer, ...] = ()
+    changes: tuple[AccountChange, ...] = ()
 
 
 class WatchSet(Protocol):
@@ -93,6 +138,10 @@ class ChainReader(Protocol):
         Contiguous by parent hash within the answer, else RpcUnavailable (the chain moved while
         reading; ask again).
         """
+        ...
+
+    async def token_code(self, height: int) -> str:
+        """What runs behind the pinned USDC at `height`: the proxy's implementation; "" on Solana."""
         ...
 
     async def usdc_balance(self, address: str, *, height: int | None = None) -> Micro:

@@ -134,6 +134,12 @@ class QuorumReader:
 
         return list(await self._agree(read, is_final=end <= self._final_height))
 
+    async def token_code(self, height: int) -> str:
+        """What runs behind USDC, identical at enough providers."""
+        return await self._agree(
+            lambda reader: reader.token_code(height), is_final=height <= self._final_height
+        )
+
     async def usdc_balance(self, address: str, *, height: int | None = None) -> Micro:
         """The balance, identical at enough providers."""
         return await self._agree(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from chain.errors import RpcUnavailable
 from chain.networks import Chain
-from chain.ports import BlockFacts, Header, TransferSeen, WatchSet
+from chain.ports import BlockFacts, Departure, ForeignTransfer, Header, TransferSeen, WatchSet
 from chain.units import Micro
 
 
@@ -24,6 +24,8 @@ class Movement:
     sender: str
     amount_micro: int
     references: tuple[str, ...] = ()
+    token: str = ""
+    """A look-alike's address; empty for USDC."""
 
 
 @dataclass(slots=True)
@@ -38,6 +40,8 @@ class SimulatedChain:
     movements: list[tuple[Movement, ...]] = field(default_factory=list)
     final_height: int = 0
     made: int = 0
+    code: str = "0xc0de"
+    """What `token_code` answers."""
     reads: int = 0
 
     def __post_init__(self) -> None:
@@ -89,19 +93,28 @@ class SimulatedChain:
             raise RpcUnavailable(f"{end} is above the head")
         return self.facts(start, end, watch)
 
+    async def token_code(self, height: int) -> str:
+        del height
+        return self.code
+
     async def usdc_balance(self, address: str, *, height: int | None = None) -> Micro:
         limit = self.final_height if height is None else height
         total = 0
         for header, movements in zip(self.headers, self.movements, strict=True):
             if header.height <= limit:
-                total += sum(m.amount_micro for m in movements if m.to == address)
-                total -= sum(m.amount_micro for m in movements if m.sender == address)
+                total += sum(m.amount_micro for m in movements if m.to == address and not m.token)
+                total -= sum(m.amount_micro for m in movements if m.sender == address and not m.token)
         return Micro(total)
 
     def facts(self, start: int, end: int, watch: WatchSet) -> list[BlockFacts]:
         """Give what a fresh index of start..end says."""
         return [
-            BlockFacts(header, self._inbound(header, movements, watch))
+            BlockFacts(
+                header,
+                self._inbound(header, movements, watch),
+                self._outbound(header, movements, watch),
+                self._foreign(header, movements, watch),
+            )
             for header, movements in zip(self.headers, self.movements, strict=True)
             if start <= header.height <= end
         ]
@@ -110,19 +123,43 @@ class SimulatedChain:
         self, header: Header, movements: Sequence[Movement], watch: WatchSet
     ) -> tuple[TransferSeen, ...]:
         return tuple(
-            TransferSeen(
-                chain=self.chain,
-                key=f"{m.tx}:{index}",
-                tx=m.tx,
-                height=header.height,
-                block_hash=header.hash,
-                to=m.to,
-                sender=m.sender,
-                amount=Micro(m.amount_micro),
-                references=tuple(key for key in m.references if watch.is_reference(key)),
-            )
+            self._seen(header, index, m, watch)
             for index, m in enumerate(movements)
-            if watch.is_watched(m.to)
+            if watch.is_watched(m.to) and not m.token
+        )
+
+    def _foreign(
+        self, header: Header, movements: Sequence[Movement], watch: WatchSet
+    ) -> tuple[ForeignTransfer, ...]:
+        return tuple(
+            ForeignTransfer(m.token, "look-alike", self._seen(header, index, m, watch))
+            for index, m in enumerate(movements)
+            if watch.is_watched(m.to) and m.token
+        )
+
+    def _outbound(
+        self, header: Header, movements: Sequence[Movement], watch: WatchSet
+    ) -> tuple[Departure, ...]:
+        """On Solana, what left watched accounts; on EVM the inbound side says it."""
+        if self.chain.is_evm:
+            return ()
+        return tuple(
+            Departure(m.tx, f"{m.tx}:{m.sender}", header.height, header.hash, m.sender, Micro(m.amount_micro))
+            for m in movements
+            if watch.is_watched(m.sender) and not m.token
+        )
+
+    def _seen(self, header: Header, index: int, m: Movement, watch: WatchSet) -> TransferSeen:
+        return TransferSeen(
+            chain=self.chain,
+            key=f"{m.tx}:{index}",
+            tx=m.tx,
+            height=header.height,
+            block_hash=header.hash,
+            to=m.to,
+            sender=m.sender,
+            amount=Micro(m.amount_micro),
+            references=tuple(key for key in m.references if watch.is_reference(key)),
         )
 
     def _visible(self) -> list[Header]:

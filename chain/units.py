@@ -6,11 +6,14 @@ the ledger's nano-dollars, or to a bare int, is a `TypeError`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import Final, Self
 
 MICRO_PER_USDC: Final = 1_000_000
+USDC_DECIMALS: Final = 6
+AMOUNT_CHARACTERS_MAX: Final = 40
+_AMOUNT: Final = re.compile(r"[0-9]+(\.[0-9]+)?|\.[0-9]+", re.ASCII)
 MICRO_MAX: Final = 2**63 - 1
 """What a BIGINT column holds; 9.2 trillion USDC, above any supply."""
 
@@ -43,11 +46,13 @@ class Micro:
 
 
 def parse_usdc(text: str) -> Micro:
-    """Parse a decimal USDC amount such as ``"12.5"``; more than 6 decimals is a ValueError."""
-    try:
-        scaled = Decimal(text) * MICRO_PER_USDC
-    except InvalidOperation as e:
-        raise ValueError(f"{text!r} is not a USDC amount") from e
-    if not scaled.is_finite() or scaled != scaled.to_integral_value():
+    """Parse a decimal USDC amount such as ``"12.5"``.
+
+    ValueError for an exponent, a sign, more than 6 decimals or more than AMOUNT_CHARACTERS_MAX.
+    """
+    if len(text) > AMOUNT_CHARACTERS_MAX or not _AMOUNT.fullmatch(text):
+        raise ValueError(f"{text[:AMOUNT_CHARACTERS_MAX]!r} is not a USDC amount")
+    whole, _, part = text.partition(".")
+    if len(part.rstrip("0")) > USDC_DECIMALS:
         raise ValueError(f"{text!r} is not a whole number of micro-USDC")
-    return Micro(int(scaled))
+    return Micro(int(whole or "0") * MICRO_PER_USDC + int(part[:USDC_DECIMALS].ljust(USDC_DECIMALS, "0")))

@@ -20,6 +20,7 @@ from chain.evm.sweeps import Sweeper
 from chain.networks import EVM_NETWORKS, Chain
 from chain.solana.rpc import SolanaRpc
 from marketplace.deposits import addresses, pool, service
+from marketplace.deposits.solana_sweeps import solana_sweeper
 from marketplace.deposits.sweeper import EvmSweeper, SweepPolicy
 from marketplace.ledger.partitions import ensure_partitions
 from marketplace.platform import database
@@ -126,7 +127,15 @@ async def _pool(
         pool_seed=_secret(settler_dir / SOLANA_POOL_SEED),
         gas_seed=_secret(settler_dir / SOLANA_GAS_KEY),
     )
-    return keeper.tick
+    sweeper = solana_sweeper(
+        engine, clock, rpc, chains.solana, gas_seed=_secret(settler_dir / SOLANA_GAS_KEY)
+    )
+
+    async def both() -> bool:
+        is_progress = await keeper.tick()
+        return await sweeper.tick() or is_progress
+
+    return both
 
 
 async def _repeat(work: Callable[[], Awaitable[object]], stop: asyncio.Event, *, what: str) -> None:

@@ -24,13 +24,15 @@ from chain.evm import abi
 from chain.evm.addresses import checksummed, to_bytes
 from chain.evm.rpc import BATCH_MAX, Call, JsonRpc, NodeError, data, quantity
 from chain.networks import EvmNetwork
-from chain.ports import BlockFacts, Header, TransferSeen, WatchSet
+from chain.ports import BlockFacts, ForeignTransfer, Header, TransferSeen, WatchSet
 from chain.units import MICRO_MAX, Micro
 
 BLOCKS_MAX: Final = 2_000
 """Blocks in one `blocks` call: a busy Ethereum block holds some 100 USDC transfers of 620 bytes."""
 REQUESTS_AT_ONCE: Final = 4
 TRANSFER_TOPIC: Final = abi.load("usdc").topics["Transfer"]
+IMPLEMENTATION_SLOT: Final = "0x" + keccak(b"org.zeppelinos.proxy.implementation").hex()
+"""Where Circle's FiatTokenProxy keeps the address of its code."""
 _ADDRESS_TOPIC: Final = re.compile(r"0x0{24}[0-9a-fA-F]{40}", re.ASCII)
 _WORD: Final = re.compile(r"0x[0-9a-fA-F]{64}", re.ASCII)
 _log = logging.getLogger(__name__)
@@ -83,6 +85,8 @@ class EvmReader:
         self._rpc = rpc
         self._pinned = tuple(pinned_blocks)
         self._usdc = network.usdc.lower()
+        self._foreign = {address.lower(): name for address, name in network.unsupported}
+        self._tokens = [self._usdc, *self._foreign]
         self._bloom_bits = _bloom_bits(to_bytes(network.usdc)), _bloom_bits(data(TRANSFER_TOPIC))
 
     async def check_identity(self) -> None:
@@ -114,9 +118,13 @@ class EvmReader:
             raise ValueError(f"blocks {start}..{end}: 1..{BLOCKS_MAX} ascending blocks can be read at once")
         headers, logs = await asyncio.gather(self._headers(start, end), self._logs(start, end))
         by_height: dict[int, list[RawLog]] = {}
+        heard: set[int] = set()
         for log in logs:
-            by_height.setdefault(quantity(log.blockNumber), []).append(log)
-        await self._ask_again([raw for raw in headers if quantity(raw.number) not in by_height], by_height)
+            height = quantity(log.blockNumber)
+            by_height.setdefault(height, []).append(log)
+            if log.address.lower() == self._usdc:
+                heard.add(height)
+        await self._ask_again([raw for raw in headers if quantity(raw.number) not in heard], by_height)
         facts: list[BlockFacts] = []
         for raw in headers:
             header = raw.header()
@@ -125,10 +133,19 @@ class EvmReader:
             if facts and header.parent_hash != facts[-1].header.hash:
                 raise RpcUnavailable(f"{self.chain} moved at block {header.height} while it was read")
             here = by_height.pop(header.height, [])
-            facts.append(BlockFacts(header, tuple(self._transfers(header, here, watch))))
+            facts.append(self._read(header, here, watch))
         if by_height:
             raise Malformed(f"logs of blocks {sorted(by_height)[:5]} outside the range {start}..{end}")
         return facts
+
+    async def token_code(self, height: int) -> str:
+        """The implementation behind the USDC proxy at `height`, 32 bytes in hex."""
+        word = await self._rpc.call(
+            "eth_getStorageAt", self._usdc, IMPLEMENTATION_SLOT, hex(height), shape=str
+        )
+        if not _WORD.fullmatch(word):
+            raise Malformed("a storage slot of other than 32 bytes")
+        return word.lower()
 
     async def usdc_balance(self, address: str, *, height: int | None = None) -> Micro:
         """USDC held by `address` after block `height`, or at the head."""
@@ -179,7 +196,7 @@ class EvmReader:
 
     async def _ask_logs(self, where: dict[str, str]) -> list[RawLog]:
         return await self._rpc.call(
-            "eth_getLogs", where | {"address": self._usdc, "topics": [TRANSFER_TOPIC]}, shape=list[RawLog]
+            "eth_getLogs", where | {"address": self._tokens, "topics": [TRANSFER_TOPIC]}, shape=list[RawLog]
         )
 
     async def _ask_again(self, silent: Iterable[_RawHeader], by_height: dict[int, list[RawLog]]) -> None:
@@ -188,9 +205,11 @@ class EvmReader:
             if all(bloom & bits == bits for bits in self._bloom_bits):
                 logs = await self._ask_logs({"blockHash": raw.hash})
                 if logs:
-                    by_height[quantity(raw.number)] = logs
+                    by_height[quantity(raw.number)] = logs  # of all tokens: replaces what was heard
 
-    def _transfers(self, header: Header, logs: Iterable[RawLog], watch: WatchSet) -> Iterable[TransferSeen]:
+    def _read(self, header: Header, logs: Iterable[RawLog], watch: WatchSet) -> BlockFacts:
+        inbound: list[TransferSeen] = []
+        foreign: list[ForeignTransfer] = []
         for log in logs:
             if log.removed or log.blockHash != header.hash:
                 raise RpcUnavailable(f"{self.chain} moved at block {header.height} while it was read")
@@ -203,12 +222,19 @@ class EvmReader:
                     extra={"chain": self.chain, "tx": log.transactionHash[:80], "reason": str(e)},
                 )
                 continue
-            if transfer is not None:
-                yield transfer
+            if transfer is None:
+                continue
+            token = log.address.lower()
+            if token == self._usdc:
+                inbound.append(transfer)
+            else:
+                foreign.append(ForeignTransfer(checksummed(token[2:]), self._foreign[token], transfer))
+        return BlockFacts(header, tuple(inbound), foreign=tuple(foreign))
 
     def _transfer(self, header: Header, log: RawLog, watch: WatchSet) -> TransferSeen | None:
         """Slice one log; None if it is not ours or moves nothing; Malformed if it is no Transfer."""
-        if log.address.lower() != self._usdc:
+        token = log.address.lower()
+        if token != self._usdc and token not in self._foreign:
             raise Malformed("log of another contract")
         topics = log.topics
         if len(topics) != 3 or topics[0] != TRANSFER_TOPIC:

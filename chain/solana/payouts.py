@@ -27,6 +27,7 @@ from chain.solana import programs
 from chain.solana.escrow import EscrowTerms
 from chain.solana.rpc import AccountState, InContext, NodeError, SolanaRpc
 from chain.solana.sending import explain, reason, send_and_confirm
+from chain.solana.sweeps import lines_of
 from chain.units import Micro
 
 FINALIZED: Final = "finalized"
@@ -93,9 +94,8 @@ class MultisigRail:
 
     async def prepare_sweep(self, moves: Sequence[tuple[str, Micro]]) -> Unsigned:
         """Freeze a sweep of (deposit token account, amount) into the escrow, signed as a payout is."""
-        lines = [PayoutLine(f"sweep:{account}", account, amount) for account, amount in moves]
         await self.check_escrow()
-        unsigned = consent.build(self.terms, consent.SWEEP, lines, await self._settled_fence())
+        unsigned = consent.build(self.terms, consent.SWEEP, lines_of(moves), await self._settled_fence())
         await self._dry_run(unsigned)
         return unsigned
 

@@ -20,7 +20,15 @@ import msgspec
 
 from chain.errors import Malformed, RpcUnavailable, WrongChain
 from chain.networks import SOLANA, Chain
-from chain.ports import BlockFacts, Header, TransferSeen, WatchSet
+from chain.ports import (
+    AccountChange,
+    BlockFacts,
+    Departure,
+    ForeignTransfer,
+    Header,
+    TransferSeen,
+    WatchSet,
+)
 from chain.solana import programs
 from chain.solana.rpc import (
     BLOCK_NOT_AVAILABLE,
@@ -40,6 +48,8 @@ SLOTS_PER_REQUEST_MAX: Final = 10_000
 NEWEST_BLOCK_SEARCH: Final = 256
 """How many slots below `getSlot` to look for the newest block; longer silences are an outage."""
 
+_TOKEN_PROGRAM: Final = str(programs.TOKEN_PROGRAM)
+_UNSUPPORTED: Final = dict(SOLANA.unsupported)
 _NO_BLOCK: Final = frozenset(
     (BLOCK_NOT_AVAILABLE, SLOT_SKIPPED, LONG_TERM_SLOT_SKIPPED, BLOCK_STATUS_NOT_AVAILABLE_YET)
 )
@@ -180,42 +190,110 @@ class SolanaReader:
             if isinstance(block, NodeError):
                 raise RpcUnavailable(f"slot {slot} was listed but cannot be read: {block}") from block
             header = _header(slot, block)
-            inbound = tuple(self._inbound(header, block.transactions, watch))
-            facts.append(BlockFacts(header, inbound))
+            facts.append(self._read(header, block.transactions, watch))
         return facts
 
-    def _inbound(
-        self, header: Header, transactions: Sequence[_WithMeta], watch: WatchSet
-    ) -> Iterator[TransferSeen]:
-        mint, token_program = self._mint, str(programs.TOKEN_PROGRAM)
+    def _read(self, header: Header, transactions: Sequence[_WithMeta], watch: WatchSet) -> BlockFacts:
+        """What succeeded in one block, by balance difference of the accounts we know."""
+        inbound: list[TransferSeen] = []
+        outbound: list[Departure] = []
+        foreign: list[ForeignTransfer] = []
+        changes: list[AccountChange] = []
         for item in transactions:
             meta = item.meta
-            if meta is None or meta.err is not None or not meta.post_token_balances:
+            if meta is None or meta.err is not None:
                 continue
-            keys = item.transaction.account_keys
-            for balance in meta.post_token_balances:
-                if balance.mint != mint or balance.program_id != token_program:
-                    continue
-                if balance.account_index >= len(keys):
-                    raise Malformed(f"slot {header.height}: token balance of account {balance.account_index}")
-                to = keys[balance.account_index].pubkey
-                if watch.is_watched(to):
-                    seen = self._seen(header, item, to, balance, watch)
-                    if seen is not None:
-                        yield seen
+            after = self._watched(header, item, meta.post_token_balances, watch, foreign)
+            before = self._watched(header, item, meta.pre_token_balances, watch, None)
+            for account, balance in after.items():
+                seen = self._seen(header, item, account, balance, before.get(account), watch)
+                if seen is not None:
+                    inbound.append(seen)
+            for account, balance in before.items():
+                self._left(header, item, account, balance, after.get(account), outbound, changes)
+        return BlockFacts(header, tuple(inbound), tuple(outbound), tuple(foreign), tuple(changes))
 
-    def _seen(
-        self, header: Header, item: _WithMeta, to: str, after: _TokenBalance, watch: WatchSet
-    ) -> TransferSeen | None:
+    def _watched(
+        self,
+        header: Header,
+        item: _WithMeta,
+        balances: Sequence[_TokenBalance] | None,
+        watch: WatchSet,
+        foreign: list[ForeignTransfer] | None,
+    ) -> dict[str, _TokenBalance]:
+        """The USDC balances of watched accounts among `balances`, by account; look-alikes go to `foreign`."""
+        found: dict[str, _TokenBalance] = {}
+        if not balances:
+            return found
+        mint, keys = self._mint, item.transaction.account_keys
+        for balance in balances:
+            if balance.program_id != _TOKEN_PROGRAM:
+                continue
+            if balance.mint != mint:
+                if foreign is not None and balance.mint in _UNSUPPORTED and watch.is_watched(balance.owner):
+                    foreign += self._foreign(header, item, balance)
+                continue
+            if balance.account_index >= len(keys):
+                raise Malformed(f"slot {header.height}: token balance of account {balance.account_index}")
+            account = keys[balance.account_index].pubkey
+            if watch.is_watched(account):
+                found[account] = balance
+        return found
+
+    def _left(
+        self,
+        header: Header,
+        item: _WithMeta,
+        account: str,
+        before: _TokenBalance,
+        after: _TokenBalance | None,
+        outbound: list[Departure],
+        changes: list[AccountChange],
+    ) -> None:
+        tx = _signature(header, item)
+        delta = _micros(before) - (_micros(after) if after is not None else 0)
+        if delta > 0:
+            outbound.append(
+                Departure(tx, f"{tx}:{account}", header.height, header.hash, account, Micro(delta))
+            )
+        if after is None:
+            changes.append(AccountChange("closed", tx, header.height, account, f"owner {before.owner}"))
+        elif after.owner != before.owner:
+            detail = f"owner {before.owner}, then {after.owner}"
+            changes.append(AccountChange("owner", tx, header.height, account, detail))
+
+    def _foreign(self, header: Header, item: _WithMeta, after: _TokenBalance) -> Iterator[ForeignTransfer]:
         assert item.meta is not None
         pre = item.meta.pre_token_balances or []
         before = next((b for b in pre if b.account_index == after.account_index), None)
         delta = _micros(after) - (_micros(before) if before is not None else 0)
+        if delta > 0:
+            tx, payer = _signature(header, item), item.transaction.account_keys[0].pubkey
+            transfer = TransferSeen(
+                chain=Chain.SOLANA,
+                key=f"{tx}:{after.mint}:{after.owner}",
+                tx=tx,
+                height=header.height,
+                block_hash=header.hash,
+                to=after.owner,
+                sender=payer,
+                amount=Micro(delta),
+            )
+            yield ForeignTransfer(after.mint, _UNSUPPORTED[after.mint], transfer)
+
+    def _seen(
+        self,
+        header: Header,
+        item: _WithMeta,
+        to: str,
+        after: _TokenBalance,
+        before: _TokenBalance | None,
+        watch: WatchSet,
+    ) -> TransferSeen | None:
+        delta = _micros(after) - (_micros(before) if before is not None else 0)
         if delta <= 0:
             return None
-        if not item.transaction.signatures:
-            raise Malformed(f"slot {header.height}: a transaction without a signature")
-        signature = item.transaction.signatures[0]
+        signature = _signature(header, item)
         return TransferSeen(
             chain=Chain.SOLANA,
             key=f"{signature}:{to}",
@@ -241,6 +319,11 @@ class SolanaReader:
         ]
         most, owner = max(losses, default=(0, ""))
         return owner if most > 0 and owner else item.transaction.account_keys[0].pubkey
+
+    async def token_code(self, height: int) -> str:
+        """Always "": a mint under the pinned Token program has no code of its own to change."""
+        del height
+        return ""
 
     async def usdc_balance(self, address: str, *, height: int | None = None) -> Micro:
         """Finalized USDC of token account `address`; zero if it does not exist.
@@ -277,6 +360,12 @@ def _header(slot: int, block: _BlockHeader) -> Header:
         parent_height=block.parent_slot,
         time_s=block.block_time or 0,
     )
+
+
+def _signature(header: Header, item: _WithMeta) -> str:
+    if not item.transaction.signatures:
+        raise Malformed(f"slot {header.height}: a transaction without a signature")
+    return item.transaction.signatures[0]
 
 
 def _micros(balance: _TokenBalance) -> int:

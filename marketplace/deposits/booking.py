@@ -8,6 +8,9 @@ transaction that moves the cursor past it: at every commit the books equal the c
       … and once the sum reaches it   attribution                      unattributed → buyer
     for nobody                        deposit_unattributed + case      unswept or escrow → unattributed
     sweep                             sweep                            escrow ← unswept
+    left an account, not for escrow   correction + case                loss ← unswept
+    minted to us                      as any deposit, + case
+    a look-alike token                a row and a case                 nothing
 
 The sum that must reach the minimum (R7) is over final, uncredited deposits of one person to one address on
 one chain.  The ledger's key is "<chain>:<key>", the row's is (chain, key): a replay changes nothing.
@@ -22,17 +25,26 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
+import structlog
 from sqlalchemy import Row, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.deposits import Appeared, Confirmed, Deposit, Known, Reorged, advance
 from chain.networks import Chain
-from chain.ports import TransferSeen
+from chain.ports import Departure, ForeignTransfer, TransferSeen
 from chain.units import Micro
-from marketplace.deposits.attribution import Attribution, Directory, Swept, ToPerson, Unattributed, attribute
-from marketplace.deposits.tables import deposits, support_cases, sweeps
-from marketplace.ledger import templates
+from marketplace.deposits.attribution import (
+    Attribution,
+    Directory,
+    Swept,
+    ToPerson,
+    Unattributed,
+    attribute,
+    part_sweeps,
+)
+from marketplace.deposits.tables import deposits, support_cases, sweeps, unsupported_deposits
+from marketplace.ledger import accounts, templates
 from marketplace.ledger.accounts import ensure_account
 from marketplace.ledger.money import from_micro
 from marketplace.ledger.posting import lock_balances, post_transfer
@@ -40,6 +52,9 @@ from marketplace.ledger.templates import Transfer
 from marketplace.platform.ids import uuid7
 
 DETAIL_CHARACTERS_MAX: Final = 1000
+MINTER: Final = "0x" + "0" * 40
+"""The sender of newly made USDC on EVM."""
+_log: Final = structlog.get_logger("marketplace.deposits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +90,11 @@ async def record_seen(
     transfers: Sequence[TransferSeen],
     directory: Directory,
     now: datetime,
+    *,
+    outbound: Sequence[Departure] = (),
 ) -> None:
     """Show people what is on its way; moves no money.  Sweeps and strangers' money wait for finality."""
+    transfers = part_sweeps(transfers, outbound, rules.escrow).inbound
     known = await _known(conn, rules.chain, transfers)
     for transfer in transfers:
         found = attribute(transfer, directory)
@@ -113,21 +131,28 @@ async def book_final(
     *,
     through_height: int,
     now: datetime,
+    outbound: Sequence[Departure] = (),
 ) -> list[Credit]:
     """Take in every transfer of the final blocks up to `through_height`; gives what was credited.
 
     Raises FinalityViolated if one contradicts an earlier final record.  Never commits.
     """
+    parted = part_sweeps(transfers, outbound, rules.escrow)
+    transfers = parted.inbound
     await _orphan_unconfirmed(conn, rules.chain, transfers, through_height)
     known = await _known(conn, rules.chain, transfers)
     entries: list[Transfer] = []
+    for departure in parted.swept:
+        entries += await _book_sweep(conn, rules.chain, departure, now)
+    for departure in parted.strayed:
+        entries += await _book_stray(conn, rules.chain, departure, now)
     arrivals: list[_Arrival] = []
     for transfer in transfers:
         if transfer.amount.n == 0:
             continue
         found: Attribution = attribute(transfer, directory)
         if isinstance(found, Swept):
-            entries += await _book_sweep(conn, transfer, now)
+            entries += await _book_sweep(conn, rules.chain, _as_departure(transfer), now)
             continue
         before = known.get(transfer.key)
         advance(before, Confirmed(transfer.block_hash, transfer.amount))
@@ -251,22 +276,38 @@ async def _write(
     await conn.execute(
         statement.on_conflict_do_update(constraint="one_row_per_movement", set_=told).returning(deposits.c.id)
     )
+    detail = f"{transfer.amount} USDC from {transfer.sender} to {transfer.to} in {transfer.tx}"
     if isinstance(found, Unattributed):
-        detail = f"{transfer.amount} USDC from {transfer.sender} to {transfer.to} in {transfer.tx}"
         await open_case(conn, transfer.chain, kind=found.reason, key=transfer.key, detail=detail, now=now)
+    if is_final and transfer.sender == MINTER:
+        await open_case(conn, transfer.chain, kind="minted", key=transfer.key, detail=detail, now=now)
 
 
-async def _book_sweep(conn: AsyncConnection, transfer: TransferSeen, now: datetime) -> list[Transfer]:
+def _as_departure(transfer: TransferSeen) -> Departure:
+    """An EVM sweep, seen from the address that was emptied."""
+    return Departure(
+        transfer.tx,
+        transfer.key,
+        transfer.height,
+        transfer.block_hash,
+        transfer.sender,
+        transfer.amount,
+    )
+
+
+async def _book_sweep(
+    conn: AsyncConnection, chain: Chain, departure: Departure, now: datetime
+) -> list[Transfer]:
     statement = (
         postgresql.insert(sweeps)
         .values(
-            chain=transfer.chain.value,
-            key=transfer.key,
-            tx=transfer.tx,
-            height=transfer.height,
-            block_hash=transfer.block_hash,
-            from_address=transfer.sender,
-            amount_micro=transfer.amount.n,
+            chain=chain.value,
+            key=departure.key,
+            tx=departure.tx,
+            height=departure.height,
+            block_hash=departure.block_hash,
+            from_address=departure.account,
+            amount_micro=departure.amount.n,
             booked_at=now,
         )
         .on_conflict_do_nothing()
@@ -274,8 +315,59 @@ async def _book_sweep(conn: AsyncConnection, transfer: TransferSeen, now: dateti
     )
     if await conn.scalar(statement) is None:
         return []
-    amount = from_micro(transfer.amount.n)
-    return [templates.sweep(chain=transfer.chain.value, amount=amount, ref=ledger_key(transfer))]
+    amount = from_micro(departure.amount.n)
+    return [templates.sweep(chain=chain.value, amount=amount, ref=f"{chain.value}:{departure.key}")]
+
+
+async def _book_stray(
+    conn: AsyncConnection, chain: Chain, departure: Departure, now: datetime
+) -> list[Transfer]:
+    """Money left a pool account for elsewhere: ours to carry, and a person's to look at, at once."""
+    detail = f"{departure.amount} USDC left {departure.account} in {departure.tx}, not for the escrow"
+    _log.critical("pool money left", chain=chain.value, account=departure.account, tx=departure.tx)
+    await open_case(conn, chain, kind="pool_money_left", key=departure.key, detail=detail, now=now)
+    return [
+        templates.correction(
+            debit=accounts.LOSS,
+            credit=accounts.unswept(chain.value),
+            amount=from_micro(departure.amount.n),
+            ref=f"{chain.value}:stray:{departure.key}",
+            note=detail,
+        )
+    ]
+
+
+async def record_foreign(
+    conn: AsyncConnection,
+    chain: Chain,
+    found: Sequence[ForeignTransfer],
+    directory: Directory,
+    now: datetime,
+) -> None:
+    """Keep tokens we do not take on record, with a case; no balance changes, whatever they are called."""
+    for foreign in found:
+        transfer = foreign.transfer
+        owner = directory.owners.get(transfer.to)
+        row = {
+            "chain": chain.value,
+            "key": transfer.key,
+            "tx": transfer.tx,
+            "height": transfer.height,
+            "block_hash": transfer.block_hash,
+            "token": foreign.token,
+            "name": foreign.name,
+            "to_address": transfer.to,
+            "sender": transfer.sender,
+            "amount": transfer.amount.n,
+            "person_id": owner.person_id if owner else None,
+            "at": now,
+        }
+        await conn.execute(postgresql.insert(unsupported_deposits).values(**row).on_conflict_do_nothing())
+        detail = (
+            f"{transfer.amount.n} units of {foreign.name} ({foreign.token}) from {transfer.sender} "
+            f"to {transfer.to} in {transfer.tx}"
+        )
+        await open_case(conn, chain, kind="unsupported_token", key=transfer.key, detail=detail, now=now)
 
 
 async def _credit(

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from chain.networks import Chain
 from chain.ports import TransferSeen
 from marketplace.deposits.attribution import Directory, Owner
-from marketplace.deposits.tables import deposit_addresses, deposit_intents, solana_pool
+from marketplace.deposits.tables import deposit_addresses, deposit_intents, screened_senders, solana_pool
 
 Family = Literal["evm", "solana"]
 
@@ -78,12 +78,12 @@ class KnownAddresses:
 
     async def _refresh_pool(self, conn: AsyncConnection) -> None:
         statement = (
-            select(solana_pool.c.pool_index, solana_pool.c.token_account)
+            select(solana_pool.c.pool_index, solana_pool.c.owner, solana_pool.c.token_account)
             .where(solana_pool.c.pool_index > self._last_pool_index)
             .order_by(solana_pool.c.pool_index)
         )
-        for index, token_account in await conn.execute(statement):
-            self._addresses.add(token_account)
+        for index, owner, token_account in await conn.execute(statement):
+            self._addresses |= {token_account, owner}  # the owner for tokens we do not take
             self._last_pool_index = index
 
     async def _refresh_intents(self, conn: AsyncConnection, now: datetime) -> None:
@@ -111,8 +111,10 @@ async def look_up(
     references = {reference for transfer in transfers for reference in transfer.references}
     family = family_of(chain)
     owners = await _owners(conn, family, reached)
+    screened = await _screened(conn, {transfer.sender for transfer in transfers})
     if family == "solana":
         owners |= {account: owners.get(account, owner) for account, owner in await _pool(conn, reached)}
+        owners |= await _wallets(conn, reached)
         intents = await conn.execute(
             select(deposit_intents.c.reference, deposit_intents.c.person_id).where(
                 deposit_intents.c.reference.in_(references)
@@ -121,10 +123,11 @@ async def look_up(
         return Directory(
             escrow,
             owners,
-            await _our_pool_owners(conn, senders),
+            frozenset(),
             {row.reference: row.person_id for row in intents},
+            screened,
         )
-    return Directory(escrow, owners, frozenset(await _owners(conn, family, senders)), {})
+    return Directory(escrow, owners, frozenset(await _owners(conn, family, senders)), {}, screened)
 
 
 async def _owners(conn: AsyncConnection, family: Family, watched: Iterable[str]) -> dict[str, Owner]:
@@ -142,6 +145,16 @@ async def _pool(conn: AsyncConnection, accounts: Iterable[str]) -> list[tuple[st
     return [(account, Owner(None, is_retired=False)) for account in await conn.scalars(statement)]
 
 
-async def _our_pool_owners(conn: AsyncConnection, senders: Iterable[str]) -> frozenset[str]:
-    statement = select(solana_pool.c.owner).where(solana_pool.c.owner.in_(set(senders)))
+async def _wallets(conn: AsyncConnection, owners: Iterable[str]) -> dict[str, Owner]:
+    """People by the wallet they are shown, for tokens we do not take."""
+    statement = select(
+        deposit_addresses.c.address, deposit_addresses.c.person_id, deposit_addresses.c.retired_at
+    ).where(deposit_addresses.c.chain_family == "solana", deposit_addresses.c.address.in_(set(owners)))
+    return {
+        row.address: Owner(row.person_id, row.retired_at is not None) for row in await conn.execute(statement)
+    }
+
+
+async def _screened(conn: AsyncConnection, senders: Iterable[str]) -> frozenset[str]:
+    statement = select(screened_senders.c.address).where(screened_senders.c.address.in_(set(senders)))
     return frozenset(await conn.scalars(statement))

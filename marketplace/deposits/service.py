@@ -18,6 +18,7 @@ from chain.quorum import OnFault, Provider, ProviderFault, agreed, default_agree
 from chain.solana.reader import SolanaReader
 from chain.solana.rpc import SolanaRpc
 from marketplace.deposits import cursor, metrics
+from marketplace.deposits.alarms import acknowledge
 from marketplace.deposits.booking import Credit, Rules
 from marketplace.deposits.reconcile import Reconciled, check_chain
 from marketplace.deposits.watcher import Pace, Watcher
@@ -118,6 +119,18 @@ async def resume(engine: AsyncEngine, clock: Clock, chain: Chain, *, actor: str,
     """Let a halted chain go on; raises NotHalted."""
     async with transaction(engine) as conn:
         await cursor.resume_chain(conn, chain, actor=actor, reason=reason, now=clock.now())
+
+
+async def acknowledge_alarm(
+    engine: AsyncEngine, clock: Clock, chain: Chain, alarm: str, *, actor: str, reason: str
+) -> None:
+    """Accept what halted a chain (the halt's reason names the alarm) and let it go on, in one transaction.
+
+    Raises NotHalted, and then nothing was acknowledged.
+    """
+    async with transaction(engine) as conn:
+        await acknowledge(conn, chain, alarm, actor=actor, reason=reason, now=clock.now())
+        await cursor.resume_chain(conn, chain, actor=actor, reason=f"{alarm}: {reason}", now=clock.now())
 
 
 def _rpc_urls(chain: Chain, chains: ChainsConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The package's tables as SQLAlchemy sees them; the migration `deposits_0001` is the truth.
+"""The package's tables as SQLAlchemy sees them; the migrations `deposits_…` are the truth.
 
 Amounts are micro-USDC.  `person_id` also owns the ledger's buyer account.
 """
@@ -15,10 +15,12 @@ from sqlalchemy import (
     Identity,
     Integer,
     LargeBinary,
+    Numeric,
     Table,
     Text,
     Uuid,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 
 from marketplace.platform.database import metadata
 
@@ -143,4 +145,79 @@ support_cases: Final = Table(
     Column("key", Text, nullable=False),
     Column("detail", Text, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+solana_sweeps: Final = Table(
+    "solana_sweeps",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("status", Text, nullable=False),
+    Column("fence", Text, nullable=False),
+    Column("lines", JSONB, nullable=False),
+    Column("amount_micro", BigInteger, nullable=False),
+    Column("prepared_by", Text, nullable=False),
+    Column("prepared_at", DateTime(timezone=True), nullable=False),
+    Column("raw", LargeBinary),
+    Column("tx", Text),
+    Column("ended_at", DateTime(timezone=True)),
+    Column("note", Text),
+)
+
+solana_sweep_approvals: Final = Table(
+    "solana_sweep_approvals",
+    metadata,
+    Column("sweep_id", Uuid, primary_key=True),
+    Column("signer", Text, primary_key=True),
+    Column("signatures", JSONB, nullable=False),
+    Column("brought_by", Text, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+)
+
+unsupported_deposits: Final = Table(
+    "unsupported_deposits",
+    metadata,
+    Column("chain", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("tx", Text, nullable=False),
+    Column("height", BigInteger, nullable=False),
+    Column("block_hash", Text, nullable=False),
+    Column("token", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("to_address", Text, nullable=False),
+    Column("sender", Text, nullable=False),
+    Column("amount", Numeric(78), nullable=False),
+    Column("person_id", Uuid),
+    Column("at", DateTime(timezone=True), nullable=False),
+)
+
+chain_acknowledgements: Final = Table(
+    "chain_acknowledgements",
+    metadata,
+    Column("chain", Text, primary_key=True),
+    Column("alarm", Text, primary_key=True),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+)
+
+deposit_decisions: Final = Table(
+    "deposit_decisions",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("chain", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("decision", Text, nullable=False),
+    Column("person_id", Uuid),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+)
+
+screened_senders: Final = Table(
+    "screened_senders",
+    metadata,
+    Column("address", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("added_by", Text, nullable=False),
+    Column("added_at", DateTime(timezone=True), nullable=False),
 )

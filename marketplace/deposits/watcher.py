@@ -39,20 +39,22 @@ from chain.headers import (
     plan_final,
     plan_head,
 )
-from chain.ports import BlockFacts, ChainReader, Header, TransferSeen
+from chain.ports import BlockFacts, ChainReader, Departure, Header, TransferSeen
 from chain.units import Micro
 from marketplace.deposits import metrics
+from marketplace.deposits.alarms import note_changes, require_acknowledged
 from marketplace.deposits.booking import (
     Credit,
     Rules,
     book_final,
     book_opening_balance,
     orphan,
+    record_foreign,
     record_seen,
 )
 from marketplace.deposits.cursor import Cursor, create_cursor, halt_chain, load_cursor, save_cursor
 from marketplace.deposits.directory import KnownAddresses, look_up
-from marketplace.deposits.errors import ChainHalted, DepositFault
+from marketplace.deposits.errors import ChainHalted, DepositFault, Unacknowledged
 from marketplace.deposits.tables import chain_cursors
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
@@ -102,7 +104,7 @@ class Watcher:
         """
         try:
             return await self._tick()
-        except FinalityViolated as e:
+        except (FinalityViolated, Unacknowledged) as e:
             self._cursor = None
             await self._halt(str(e))
             return False
@@ -197,23 +199,52 @@ class Watcher:
                 return False
             case Fetch(start, end):
                 facts = await self._read_final(start, end, final)
+                await self._require_acknowledged(facts, final)
         moved = finalize(cursor.window, [block.header for block in facts])
         if isinstance(moved, Fetch):
             raise RpcUnavailable(f"{chain}: the node left out final blocks from {moved.start}")
-        now, transfers = self.clock.now(), _inbound(facts)
+        now, transfers, outbound = self.clock.now(), _inbound(facts), _outbound(facts)
+        foreign = [found for block in facts for found in block.foreign]
         async with transaction(self.engine) as conn:
             saved = await save_cursor(
                 conn, cursor, moved.window, head_height=max(cursor.head_height, final.height), now=now
             )
             # A losing branch may reach above the new final block: nothing later would look at it again.
             await orphan(conn, chain, [header.hash for header in moved.orphaned])
-            directory = await look_up(conn, chain, self.rules.escrow, transfers)
+            arrived = [*transfers, *(found.transfer for found in foreign)]
+            directory = await look_up(conn, chain, self.rules.escrow, arrived)
             credited = await book_final(
-                conn, self.rules, transfers, directory, through_height=moved.window.final.height, now=now
+                conn,
+                self.rules,
+                transfers,
+                directory,
+                through_height=moved.window.final.height,
+                now=now,
+                outbound=outbound,
             )
+            await record_foreign(conn, chain, foreign, directory, now)
+            await note_changes(conn, chain, [change for block in facts for change in block.changes], now)
         self._moved(saved)
         self._tell_credits(credited)
         return True
+
+    async def _require_acknowledged(self, facts: Sequence[BlockFacts], final: Header) -> None:
+        """Raise Unacknowledged for new code behind USDC (A8) or a new owner of one of our accounts (A26).
+
+        Nothing of the range is booked then: all its deposits are on hold until a person has looked.
+        """
+        alarms = {
+            change.alarm: f"{change.account}: {change.detail}"
+            for block in facts
+            for change in block.changes
+            if change.what == "owner"
+        }
+        code = await self.reader.token_code(final.height)
+        if code:
+            alarms[f"token-code:{code}"] = "the code behind USDC has changed"
+        if alarms:
+            async with transaction(self.engine) as conn:
+                await require_acknowledged(conn, self.rules.chain, alarms, self.clock.now())
 
     async def _read_final(self, start: int, end: int, final: Header) -> list[BlockFacts]:
         """Read a final range that holds at least one block (on Solana a whole range may be skipped)."""
@@ -260,13 +291,14 @@ class Watcher:
     ) -> None:
         now = self.clock.now()
         added = {header.hash for header in step.added}
-        transfers = _inbound([block for block in facts if block.header.hash in added])
+        fresh = [block for block in facts if block.header.hash in added]
+        transfers = _inbound(fresh)
         async with transaction(self.engine) as conn:
             saved = await save_cursor(conn, cursor, step.window, head_height=head.height, now=now)
             if isinstance(step, Reorged):
                 await orphan(conn, self.rules.chain, [header.hash for header in step.orphaned])
             directory = await look_up(conn, self.rules.chain, self.rules.escrow, transfers)
-            await record_seen(conn, self.rules, transfers, directory, now)
+            await record_seen(conn, self.rules, transfers, directory, now, outbound=_outbound(fresh))
         self._moved(saved)
         if isinstance(step, Reorged):
             metrics.REORGS.labels(self.rules.chain).inc()
@@ -306,7 +338,7 @@ class Watcher:
         return amount
 
     async def _halt(self, reason: str) -> None:
-        _log.critical("finality violated: chain halted", chain=self.rules.chain.value, reason=reason)
+        _log.critical("chain halted", chain=self.rules.chain.value, reason=reason)
         async with transaction(self.engine) as conn:
             await halt_chain(conn, self.rules.chain, actor=WATCHER, reason=reason, now=self.clock.now())
 
@@ -340,6 +372,10 @@ class Watcher:
 
 def _inbound(facts: Sequence[BlockFacts]) -> list[TransferSeen]:
     return [transfer for block in facts for transfer in block.inbound]
+
+
+def _outbound(facts: Sequence[BlockFacts]) -> list[Departure]:
+    return [departure for block in facts for departure in block.outbound]
 
 
 async def _is_stale(conn: AsyncConnection, cursor: Cursor) -> bool:

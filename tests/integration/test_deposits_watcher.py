@@ -483,7 +483,7 @@ async def test_solana_pay_pool_addresses_and_skipped_slots(engine: AsyncEngine) 
     bench.node.mine(Movement("sig2", pool[0][1], STRANGER, 20_000_000), skip=40)
     bench.node.mine(Movement("sig3", pool[1][1], STRANGER, 30_000_000))  # nobody's yet
     bench.node.mine(Movement("sig4", ESCROW, STRANGER, 40_000_000, (mine, theirs)))
-    bench.node.mine(Movement("sig5", ESCROW, pool[0][0], 20_000_000), skip=17)  # a sweep: sender is the owner
+    bench.node.mine(Movement("sig5", ESCROW, pool[0][1], 20_000_000), skip=17)  # a sweep
     await bench.settle(watcher)
     bench.node.finalize()
     await bench.settle(watcher)
