@@ -67,7 +67,7 @@ MONEY_PURE: Final = (
 """No float at all."""
 MONEY_PACKAGES: Final = ("marketplace/ledger/", "marketplace/settlement/", "marketplace/deposits/")
 """Floats are seconds, and say so in the name."""
-SECONDS: Final = re.compile(r"_(s|S)(_max|_min|_MAX|_MIN)?$|_at$|^(seconds|last_sent)$")
+SECONDS: Final = re.compile(r"_(s|S)(_max|_min|_MAX|_MIN)?$|_at$|^(seconds|_?last_sent)$")
 SLEEPERS: Final = {"sleep", "wait_for", "timeout", "_wait"}
 
 FOREIGN: Final = {
@@ -288,7 +288,7 @@ def test_every_locked_package_has_a_hash() -> None:
 def test_no_file_speaks_of_one_machine() -> None:
     """A path of somebody's own machine helps nobody else."""
     folders = ("work/", "home/[a-z]", "root/")
-    places = re.compile("|".join((*(r"(?<![\w.])/" + folder for folder in folders), r"\b" + "shared/")))
+    places = re.compile("|".join((*(r"(?<![\w.])/" + folder for folder in folders), r"\bshared[/]")))
     found = []
     for name in tracked():
         try:
