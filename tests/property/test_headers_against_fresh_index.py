@@ -115,7 +115,7 @@ class Following(RuleBasedStateMachine):
         liar = SimulatedChain(
             headers=self.node.headers[:index], movements=self.node.movements[:index], made=10_000
         )
-        for _ in range(len(self.window.above) + 3):
+        while liar.headers[-1].height <= self.window.tip.height:  # a shorter chain only lags
             liar.mine()
         step: object
         try:
