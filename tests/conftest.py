@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from pytest_socket import socket_allow_hosts
 from sqlalchemy import make_url
@@ -18,6 +19,12 @@ from marketplace.platform import database
 from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
 from marketplace.platform.processes import free_port
+
+
+# CI repeats the same examples, so that a change is judged by what it changed; people's runs explore.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_runtest_setup() -> None:
