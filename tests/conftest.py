@@ -20,7 +20,6 @@ from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_creden
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
 from marketplace.platform.processes import free_port
 
-
 # CI repeats the same examples, so that a change is judged by what it changed; people's runs explore.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
