@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +27,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 VENV: Final = ROOT / ".venv"
 PYTHON: Final = VENV / "bin" / "python"
 LOG: Final = ROOT / "var" / "setup.log"
+LOCK: Final = ROOT / "var" / "setup.lock"
 PYTHON_MIN: Final = (3, 11)
 DISK_BYTES_MIN: Final = 2 * 10**9
 """The environment and node_modules take about 1.2 GB; the engine checks its own 6 GB."""
@@ -46,18 +50,49 @@ def check_machine() -> None:
             f"the development stack runs on Linux, this is {platform.system()}; "
             "an operator's agent alone installs anywhere: pip install 'tollway[node]'"
         )
+    if importlib.util.find_spec("ensurepip") is None:
+        raise SetupError(
+            f"{sys.executable} cannot make virtual environments: install its venv package (python3-venv)"
+        )
     for tool in ("node", "npm"):
         if shutil.which(tool) is None:
             raise SetupError(
                 f"{tool} is missing: install Node.js 20+ with npm (it brings the development chains)"
             )
+
+
+def check_disk() -> None:
+    """Asked only before something is installed: what stands already needs no more room."""
     free = shutil.disk_usage(ROOT).free
     if free < DISK_BYTES_MIN:
         raise SetupError(f"{free // 10**6} MB of disk are free, {DISK_BYTES_MIN // 10**6} MB are needed")
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait for another set-up of this checkout: `make demo` beside `make test` must not build twice."""
+    import fcntl  # not on every platform that gets a sentence from check_machine
+
+    LOCK.parent.mkdir(exist_ok=True)
+    with LOCK.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another set-up of this checkout is at work; waiting for it …", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def interrupt(*_: object) -> None:
+    """End the tool that runs, too, when we are told to end."""
+    raise KeyboardInterrupt
+
+
 def run(argv: Sequence[str | os.PathLike[str]], what: str) -> None:
-    """Run a tool, telling every TICK_S seconds that it still works; SetupError with the log's tail if it fails."""
+    """Run a tool, telling every TICK_S seconds that it still works.
+
+    SetupError with the log's tail if it fails.
+    """
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("ab") as log:
         log.write(f"\n$ {' '.join(map(str, argv))}\n".encode())
@@ -107,8 +142,14 @@ def install_chain_parts() -> None:
 
 def build_engine() -> None:
     """Build the CPU engine; it prints its own progress and has its own stamps."""
-    done = subprocess.run([sys.executable, ROOT / "engine" / "build.py"], check=False)  # noqa: S603
-    if done.returncode:
+    build = subprocess.Popen([sys.executable, ROOT / "engine" / "build.py"])  # noqa: S603 - argv is ours
+    try:
+        code = build.wait()
+    except BaseException:
+        build.send_signal(signal.SIGINT)  # it ends what it runs
+        build.wait()
+        raise
+    if code:
         raise SetupError("the engine could not be built (see above); `make setup` tries again")
 
 
@@ -124,6 +165,7 @@ def step(what: str, stamp: Path, wanted: str, work: Callable[[], None]) -> None:
     if stamp.exists() and stamp.read_text() == wanted:
         print(f"  {what}: up to date", flush=True)
         return
+    check_disk()
     started = time.monotonic()
     print(f"  {what} …", flush=True)
     stamp.unlink(missing_ok=True)
@@ -132,29 +174,36 @@ def step(what: str, stamp: Path, wanted: str, work: Callable[[], None]) -> None:
     print(f"  {what}: done in {time.monotonic() - started:.0f} s", flush=True)
 
 
+def set_up(*, has_engine: bool) -> None:
+    """Do every step that is not done yet."""
+    print("Setting up Tollway", flush=True)
+    step(
+        "Python environment",
+        VENV / "tollway.stamp",
+        fingerprint("requirements/bootstrap.lock", "requirements/dev.lock", "pyproject.toml"),
+        make_environment,
+    )
+    step(
+        "chain parts (npm)",
+        ROOT / "node_modules" / ".tollway.stamp",
+        fingerprint("package.json", "package-lock.json"),
+        install_chain_parts,
+    )
+    if has_engine:
+        build_engine()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Set the project up; safe to repeat.")
     parser.add_argument(
         "--without-engine", action="store_true", help="skip vLLM and its models (3-4 minutes)"
     )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         check_machine()
-        print("Setting up Tollway", flush=True)
-        step(
-            "Python environment",
-            VENV / "tollway.stamp",
-            fingerprint("requirements/bootstrap.lock", "requirements/dev.lock", "pyproject.toml"),
-            make_environment,
-        )
-        step(
-            "chain parts (npm)",
-            ROOT / "node_modules" / ".tollway.stamp",
-            fingerprint("package.json", "package-lock.json"),
-            install_chain_parts,
-        )
-        if not arguments.without_engine:
-            build_engine()
+        with alone():
+            set_up(has_engine=not arguments.without_engine)
     except SetupError as e:
         print(f"\nsetup: {e}", file=sys.stderr)
         return 1

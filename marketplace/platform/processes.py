@@ -22,6 +22,8 @@ from typing import Final
 from marketplace.platform.errors import PortInUse, SetupFault
 
 _PR_SET_PDEATHSIG: Final = 1
+STACK_MARK: Final = "TOLLWAY_STACK"
+"""Set by a stack's owner to its data folder; every process below it inherits it and is known by it."""
 UNPRIVILEGED_USER: Final = "nobody"
 
 
@@ -94,6 +96,26 @@ def stop_child(child: subprocess.Popen[bytes], *, stop_signal: int, patience_s: 
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+def end_with_make() -> None:
+    """Under make, get SIGTERM when make is killed: it cannot pass SIGKILL on."""
+    if "MAKELEVEL" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """List the live processes, other than this one, that a stack in `folder` started (Linux)."""
+    mark = os.fsencode(f"{STACK_MARK}={folder}")
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes()
+        except OSError:  # ended meanwhile, or somebody else's
+            continue
+        if mark in environment.split(b"\0") and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return sorted(found)
 
 
 def require_free_port(port: int, what: str) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
-import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -17,13 +13,19 @@ from rich.table import Table
 
 from chain.networks import Chain
 from chain.units import Micro
+from marketplace.platform.processes import end_with_make
 from marketplace.platform.settings import load_chains
 from marketplace.stack.development_chains import faucet
 from marketplace.stack.folder import StackFolder, write_private
-from marketplace.stack.stack import DemoModel, Ports, Stack
+from marketplace.stack.stack import DemoModel, Ports, Stack, cancel_on_signals
 
-STACK_FILE: Final = Path("var/stack.json")
-_PR_SET_PDEATHSIG: Final = 1
+DEFAULT_STACK: Final = Path("var/stack")
+
+
+def stack_file(data_dir: Path) -> Path:
+    """Where a stack says what it offers: beside the default folder (`var/stack.json`), inside any other."""
+    root = data_dir.resolve()
+    return root.with_suffix(".json") if root == DEFAULT_STACK.resolve() else root / "stack.json"
 
 
 async def run_up(
@@ -36,52 +38,37 @@ async def run_up(
     has_node: bool,
 ) -> None:
     """Start a stack, print what it offers, keep it running until a signal or `tollway down`."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, stop.set)
-    _end_with_make()
-    folder = StackFolder(data_dir)
-    folder.make()
-    with folder.owned():
-        stack = Stack(folder, ports, model, say, has_node=has_node)
-        starting = asyncio.create_task(_start(stack, has_node=has_node))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.wait({starting})
+    end_with_make()
+    interruption = cancel_on_signals()
+    try:
+        await _keep_up(data_dir, Stack(StackFolder(data_dir), ports, model, say, has_node=has_node), out)
+    except asyncio.CancelledError:
+        if not interruption.is_set():
+            raise
+
+
+async def _keep_up(data_dir: Path, stack: Stack, out: Console) -> None:
+    stack.folder.make()
+    async with stack.folder.owned():
         try:
-            if not starting.cancelled():
-                starting.result()
-            if not stop.is_set():
-                write_private(STACK_FILE if data_dir == Path("var/stack") else data_dir / "stack.json",
-                              json.dumps(stack.facts(), indent=2))  # fmt: skip
-                _show(stack, out)
-                await stack.watch(stop)
+            await stack.start()
+            stack.say("the demo buyer deposits on Base …")
+            await stack.fund_demo_buyer()
+            if stack.has_node:
+                await stack.wait_for_node()
+            write_private(stack_file(data_dir), json.dumps(stack.facts(), indent=2))
+            _show(stack, out, stack_file(data_dir))
+            await stack.watch()
         finally:
-            stopping.cancel()
-            say("ending …")
+            stack.say("ending …")
             await stack.stop()
 
 
-async def _start(stack: Stack, *, has_node: bool) -> None:
-    await stack.start()
-    stack.say("the demo buyer deposits on Base …")
-    await stack.fund_demo_buyer()
-    if has_node:
-        await stack.wait_for_node()
-
-
-def _end_with_make() -> None:
-    """Under make, end when make is killed: it cannot pass SIGKILL on."""
-    if "MAKELEVEL" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
-def _show(stack: Stack, out: Console) -> None:
+def _show(stack: Stack, out: Console, file: Path) -> None:
     facts = stack.facts()
     table = Table(title="Tollway is up", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a key cut short is no key
     table.add_row("API (OpenAI-compatible)", f"{facts['api']}/v1")
     table.add_row("API documentation", f"{facts['api']}/docs")
     table.add_row("model", facts["model"])
@@ -89,7 +76,7 @@ def _show(stack: Stack, out: Console) -> None:
         table.add_row(f"{role}'s key", key)
     for chain, url in facts["rpc"].items():
         table.add_row(f"{chain} RPC", url)
-    table.add_row("all of this", str(STACK_FILE))
+    table.add_row("all of this", str(file))
     out.print(table)
     out.print("Development settings: earnings mature at once, payout addresses need no cooling time.")
     out.print("Ctrl-C or `make down` ends it; the data stays.")

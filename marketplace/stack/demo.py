@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -27,16 +25,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from chain.errors import ChainError
 from chain.networks import Chain
 from chain.units import Micro, parse_usdc
 from marketplace.ledger.money import Nano, cost, dollars, parse_dollars, split
 from marketplace.platform import database
 from marketplace.platform.errors import PlatformError, SetupFault
+from marketplace.platform.processes import end_with_make
 from marketplace.platform.settings import Environment, Settings
 from marketplace.proof import ledger_sum_nano, prove_all, reconciled
 from marketplace.stack.development_chains import DevelopmentWallet
 from marketplace.stack.folder import StackFolder
-from marketplace.stack.stack import ROOT, DemoModel, Ports, Stack
+from marketplace.stack.stack import ROOT, DemoModel, Ports, Stack, cancel_on_signals
 
 PRICE_IN, PRICE_OUT = "20000", "100000"
 """Dollars per million tokens: steep, so that a payout's $10.00 minimum is reached honestly in minutes."""
@@ -158,7 +158,8 @@ class Demo:
         for buyer, chain, tx, amount in waiting:
             await self._wait_for_credit(buyer, chain, tx, amount)
         self.tell(
-            f"Ann can spend ${dollars(await self.ann.available())}, Ben ${dollars(await self.ben.available())}"
+            f"Ann can spend ${dollars(await self.ann.available())}, "
+            f"Ben ${dollars(await self.ben.available())}"
         )
 
     async def sign_up(self, name: str, chain: Chain) -> Buyer:
@@ -362,6 +363,7 @@ class Demo:
         earnings = await operator.get("/api/earnings")
         half = Decimal(int(earnings["matured_nano"]) // 2_000) / 1_000_000
         self.tell(f"earnings ready to withdraw: ${earnings['matured']}")
+        withdrawals = []
         for chain, amount in ((Chain.BASE, f"{half:.6f}"), (Chain.SOLANA, "all")):
             to = await operator.wallet.address(chain)
             await operator.post("/api/payout-addresses", {"chain": chain.value, "address": to})
@@ -371,7 +373,8 @@ class Demo:
                 **{"Idempotency-Key": f"demo-{chain.value}"},
             )
             self.tell(f"withdrawal of {made['amount']} USDC to {to} on {chain.value}")
-            await self._settle_on(operator, chain, to, made)
+            withdrawals.append((chain, to, made))
+        await asyncio.gather(*(self._settle_on(operator, *withdrawal) for withdrawal in withdrawals))
 
     async def _settle_on(self, operator: Buyer, chain: Chain, to: str, withdrawal: dict[str, Any]) -> None:
         batch = (await self._tollway("batch", "plan", "--chain", chain.value, "--as", "paula")).strip()
@@ -386,7 +389,7 @@ class Demo:
                 with_book=False,
             )  # fmt: skip
             said = await self._tollway("batch", "approve", str(approval), "--as", signer)
-            self.tell(f"{signer} rebuilds and signs the batch on his own machine: {said.strip()}")
+            self.tell(f"{signer} rebuilds and signs the batch for {chain.value} offline: {said.strip()}")
         deadline = time.monotonic() + SETTLEMENT_PATIENCE_S
         while True:
             found = await operator.get(f"/api/withdrawals/{withdrawal['id']}")
@@ -475,12 +478,13 @@ async def run_demo(data_dir: Path, model: DemoModel, out: Console) -> bool:
     """Play the story in a fresh data folder; True if every step held.  Writes `report.json` there."""
     began = time.monotonic()
     folder = StackFolder(data_dir)
-    _make_fresh(folder)
-    playing = asyncio.current_task()
-    assert playing is not None
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
-    with folder.owned():
+    _require_ours(folder)
+    folder.make()
+    end_with_make()
+    interruption = cancel_on_signals()
+    async with folder.owned():
+        folder.forget()
+        folder.make()
         stack = Stack(
             folder, Ports.any(), model, lambda text: out.print(f"  [dim]· {escape(text)}[/]"),
             prices=(PRICE_IN, PRICE_OUT), is_fresh=True,
@@ -489,9 +493,11 @@ async def run_demo(data_dir: Path, model: DemoModel, out: Console) -> bool:
         failure: BaseException | None = None
         try:
             await demo.play()
-        except (DemoFailed, PlatformError, openai.OpenAIError, httpx.HTTPError) as e:
+        except (DemoFailed, PlatformError, ChainError, openai.OpenAIError, httpx.HTTPError, OSError) as e:
             failure = e
         except asyncio.CancelledError:
+            if not interruption.is_set():
+                raise
             failure = DemoFailed("interrupted")
         finally:
             await demo.close()
@@ -510,16 +516,8 @@ async def run_demo(data_dir: Path, model: DemoModel, out: Console) -> bool:
     return True
 
 
-def _make_fresh(folder: StackFolder) -> None:
-    """Remove an earlier demo's folder; SetupFault if something else lies there, or a stack runs in it."""
+def _require_ours(folder: StackFolder) -> None:
+    """Never empty a folder that holds something else than a demo or a stack; SetupFault."""
     root = folder.root
-    if root.exists() and any(root.iterdir()) and not (root / "stack.lock").exists():
+    if root.is_dir() and any(root.iterdir()) and not (root / "stack.lock").exists():
         raise SetupFault(f"{root} holds something else than a demo; choose another --data-dir")
-    if folder.owner_pid() is not None:
-        raise SetupFault(f"a demo or stack runs in {root} (pid {folder.owner_pid()})")
-    try:
-        if root.exists():
-            shutil.rmtree(root)
-    except OSError as e:
-        raise SetupFault(f"{root} cannot be removed: {e.strerror}") from e
-    folder.make()

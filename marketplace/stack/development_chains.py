@@ -19,11 +19,12 @@ from chain.solana import keystore as solana_keystore
 from chain.solana.rpc import SolanaRpc
 from chain.units import Micro
 from marketplace.platform.errors import SetupFault
-from marketplace.stack.folder import StackFolder
+from marketplace.stack.folder import StackFolder, write_private
 
 SIGNERS: Final = ("alice", "bob", "carol")
 THRESHOLD: Final = 2
 GAS_WEI: Final = 10**20
+SEED_BYTES: Final = 32
 DEVELOPMENT_SCRYPT_N: Final = 2**12
 """Cheap keystores for throw-away keys; a signer's real one costs a second."""
 
@@ -82,7 +83,7 @@ class DevelopmentChains:
                     rpc, network, configuration.evm(network), evm_signers, threshold=THRESHOLD
                 )
                 for name in ("gas-evm.key", "gas-evm-sweeps.key"):
-                    key = evm.development_key(self._folder.settler / name)
+                    key = seed_in(self._folder.settler / name)
                     await evm.fund(rpc, network, evm.address_of(key), eth_wei=GAS_WEI)
             described[network.chain.value] = {
                 "rpc": [self.rpc[network.chain]],
@@ -110,7 +111,7 @@ class DevelopmentChains:
             "signers": list(placed.signers),
             "threshold": placed.threshold,
         }
-        self._folder.chains_file.write_text(json.dumps(described, indent=2))
+        write_private(self._folder.chains_file, json.dumps(described, indent=2))
 
     def _signers(self) -> tuple[list[str], list[str]]:
         """Give the signers' addresses on EVM and Solana, making their keystores at first use."""
@@ -146,8 +147,16 @@ class DevelopmentChains:
 
 
 def seed_in(path: Path) -> bytes:
-    """A 32-byte secret kept as hex in a private file, made at first use."""
-    return evm.development_key(path)
+    """A 32-byte secret kept as hex in a private file, made at first use; SetupFault if it is damaged."""
+    if not path.exists():
+        write_private(path, secrets.token_hex(SEED_BYTES) + "\n")
+    try:
+        seed = bytes.fromhex(path.read_text().strip())
+    except ValueError:
+        seed = b""
+    if len(seed) != SEED_BYTES:
+        raise SetupFault(f"{path} does not hold {SEED_BYTES} bytes in hex; restore it from a copy")
+    return seed
 
 
 class DevelopmentWallet:
@@ -202,15 +211,21 @@ class DevelopmentWallet:
 
 
 async def faucet(rpc: dict[Chain, str], chain: Chain, to: str, amount: Micro) -> str:
-    """Mint development USDC to a wallet and give it gas for a few transactions; gives the transaction."""
-    if chain.is_evm:
-        network: EvmNetwork = EVM_NETWORKS[chain]
-        async with JsonRpc(rpc[chain]) as evm_rpc:
-            sent = await evm.fund(evm_rpc, network, to, usdc=amount, eth_wei=10**17)
-            assert sent is not None
-            return sent
-    async with SolanaRpc(rpc[chain]) as solana_rpc:
-        return await solana.fund(solana_rpc, to, usdc=amount, lamports=10**9)
+    """Mint development USDC to a wallet and give it gas for a few transactions; gives the transaction.
+
+    SetupFault where the chain is not a development one, or refuses.
+    """
+    try:
+        if chain.is_evm:
+            network: EvmNetwork = EVM_NETWORKS[chain]
+            async with JsonRpc(rpc[chain]) as evm_rpc:
+                sent = await evm.fund(evm_rpc, network, to, usdc=amount, eth_wei=10**17)
+                assert sent is not None
+                return sent
+        async with SolanaRpc(rpc[chain]) as solana_rpc:
+            return await solana.fund(solana_rpc, to, usdc=amount, lamports=10**9)
+    except (EvmLocalnetError, solana.LocalnetError) as e:
+        raise SetupFault(str(e)) from e
 
 
 async def usdc_of(rpc: dict[Chain, str], chain: Chain, owner: str) -> Micro:

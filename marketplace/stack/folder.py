@@ -11,24 +11,33 @@ environment.json            TOLLWAY_ variables of the running stack, for other c
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import fcntl
-import json
 import os
 import secrets
+import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
-from marketplace.platform.errors import AlreadyRunning, SetupFault
+import msgspec
+
+from marketplace.platform.errors import AlreadyRunning, ServerFault, SetupFault
+from marketplace.platform.processes import STACK_MARK, processes_of
 
 LOCK_PATIENCE_S: Final = 40
 """How long a start waits for a stack that is shutting down in the same folder."""
 NOTICE_PATIENCE_S: Final = 3
 """How long a stack whose starter was killed may take to notice and begin to shut down."""
+LEFTOVER_PATIENCE_S: Final = 45
+"""How long the processes of a killed stack, which the kernel has told to stop, may take; then SIGKILL."""
 STOP_PATIENCE_S: Final = 60
+DISK_BYTES_MIN: Final = 500 * 10**6
+"""A new database, three chains and their logs take about 150 MB."""
 
 
 def write_private(path: Path, text: str) -> None:
@@ -62,8 +71,16 @@ class StackFolder:
                 private.mkdir(exist_ok=True, mode=0o700)
             for folder in (self.logs, self.chains):
                 folder.mkdir(exist_ok=True)
+            free = shutil.disk_usage(self.root).free
         except OSError as e:
             raise SetupFault(f"cannot use {self.root} as data folder: {e.strerror}") from e
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise SetupFault(f"cannot use {self.root} as data folder: it is not yours to write in")
+        if free < DISK_BYTES_MIN:
+            raise SetupFault(
+                f"the disk of {self.root} is full: {free // 10**6} MB are free, "
+                f"{DISK_BYTES_MIN // 10**6} MB are needed"
+            )
 
     def secret(self, name: str) -> str:
         """A random secret of 43 characters, kept under `name`."""
@@ -72,38 +89,62 @@ class StackFolder:
             write_private(path, secrets.token_urlsafe(32))
         return path.read_text().strip()
 
-    @contextmanager
-    def owned(self) -> Iterator[None]:
-        """Hold the folder; AlreadyRunning if a live stack has it (one that is ending is waited for)."""
+    @asynccontextmanager
+    async def owned(self) -> AsyncIterator[None]:
+        """Hold the folder, once everything of an earlier stack is gone; AlreadyRunning if a live one has it.
+
+        Marks this process, so that all that is started below it is known to belong to the folder.
+        """
         with self._lock_file.open("a+") as file:
-            began = time.monotonic()
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    patience = LOCK_PATIENCE_S if self._is_ending() else NOTICE_PATIENCE_S
-                    if time.monotonic() - began < patience:
-                        time.sleep(0.1)
-                        continue
-                    raise AlreadyRunning(
-                        f"a stack already runs in {self.root} (pid {self.owner_pid()}); `make down` ends it"
-                    ) from None
+            await self._lock(file)
             (self.root / "stack.ending").unlink(missing_ok=True)
             file.seek(0)
             file.truncate()
             file.write(str(os.getpid()))
             file.flush()
             try:
+                await self._wait_for_leftovers()
+                os.environ[STACK_MARK] = str(self.root)
                 yield
             finally:
+                os.environ.pop(STACK_MARK, None)
                 (self.root / "stack.ending").unlink(missing_ok=True)
                 file.seek(0)
                 file.truncate()
 
+    async def _lock(self, file: IO[str]) -> None:
+        """Take the lock; a stack that is ending is waited for."""
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                patience = LOCK_PATIENCE_S if self._is_ending() else NOTICE_PATIENCE_S
+                if time.monotonic() - began > patience:
+                    raise AlreadyRunning(
+                        f"a stack already runs in {self.root} (pid {self.owner_pid()}); `make down` ends it"
+                    ) from None
+                await asyncio.sleep(0.1)
+            else:
+                return
+
+    async def _wait_for_leftovers(self) -> None:
+        """Let the processes of a killed stack write their data and end: two servers on it would spoil it."""
+        began = time.monotonic()
+        while left := processes_of(self.root):
+            waited = time.monotonic() - began
+            if waited > LEFTOVER_PATIENCE_S + NOTICE_PATIENCE_S:
+                raise ServerFault(f"processes of an earlier stack in {self.root} do not end: {left}")
+            if waited > LEFTOVER_PATIENCE_S:
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.1)
+
     def mark_ending(self) -> None:
         """Tell a next start that it is worth waiting."""
-        (self.root / "stack.ending").touch()
+        with contextlib.suppress(OSError):  # a full disk must not keep us from ending
+            (self.root / "stack.ending").touch()
 
     def _is_ending(self) -> bool:
         return (self.root / "stack.ending").exists()
@@ -121,22 +162,38 @@ class StackFolder:
             return None
 
     def end_owner(self) -> bool:
-        """Stop the stack that runs here and wait until it is gone; False if none runs."""
+        """Stop the stack that runs here and wait until all of it is gone; False if nothing runs."""
         pid = self.owner_pid()
-        if pid is None:
+        if pid is None and not processes_of(self.root):
             return False
-        os.kill(pid, signal.SIGTERM)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_PATIENCE_S
-        while self.owner_pid() == pid:
+        while (pid is not None and self.owner_pid() == pid) or processes_of(self.root):
             if time.monotonic() > deadline:
-                raise SetupFault(f"the stack (pid {pid}) does not end; see {self.logs}")
+                raise SetupFault(
+                    f"the stack (pids {[pid, *processes_of(self.root)]}) does not end; see {self.logs}"
+                )
             time.sleep(0.1)
         return True
+
+    def forget(self) -> None:
+        """Empty the folder but for its lock, which the caller holds; SetupFault if that cannot be done."""
+        try:
+            for entry in self.root.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry != self._lock_file:
+                    entry.unlink()
+        except OSError as e:
+            raise SetupFault(f"{e.filename or self.root} cannot be removed: {e.strerror}") from e
 
     def read_environment(self) -> dict[str, str]:
         """TOLLWAY_ variables of the stack that runs here; SetupFault if none does."""
         try:
-            found: dict[str, str] = json.loads(self.environment_file.read_text())
+            return msgspec.json.decode(self.environment_file.read_bytes(), type=dict[str, str])
         except FileNotFoundError as e:
             raise SetupFault(f"no stack has run in {self.root}; start one with `make up`") from e
-        return found
+        except msgspec.MsgspecError as e:
+            raise SetupFault(f"{self.environment_file} is damaged ({e}); `make up` writes it anew") from e

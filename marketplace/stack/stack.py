@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,32 +23,49 @@ from typing import Any, Final
 from uuid import UUID
 
 import aiohttp
+import asyncpg
 from pydantic import SecretStr
 from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
+from chain.errors import ChainError
+from chain.localnet.artifacts import anvil_binary
+from chain.localnet.settings import LocalnetError
 from chain.networks import Chain
 from chain.units import parse_usdc
-from marketplace.accounts.people import create_key, create_person
+from marketplace.accounts.errors import PersonUnknown
+from marketplace.accounts.people import create_key, create_person, find_person
 from marketplace.catalog.models import Tier, add_model, read_model_folder
 from marketplace.platform import database
 from marketplace.platform.embedded_nats import EmbeddedNats, NatsCredentials, load_or_make_credentials
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
 from marketplace.platform.errors import PortInUse, ServerFault, SetupFault
-from marketplace.platform.processes import free_port, start_child, stop_child, tail
+from marketplace.platform.processes import (
+    free_port,
+    require_free_port,
+    require_linux,
+    start_child,
+    stop_child,
+    tail,
+)
 from marketplace.platform.settings import load_chains, settings_environment
 from marketplace.stack.development_chains import ChainPorts, DevelopmentChains, DevelopmentWallet, seed_in
 from marketplace.stack.folder import StackFolder, write_private
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-ENGINE: Final = Path(os.environ.get("TOLLWAY_ENGINE_DIR", ROOT / ".engine"))
+ENGINE: Final = Path(os.environ.get("TOLLWAY_ENGINE_DIR") or ROOT / ".engine").absolute()
 READY_PATIENCE_S: Final = 60
 NODE_PATIENCE_S: Final = 420
 """A cold start of vLLM on two busy cores takes up to two minutes."""
-PORT_PATIENCE_S: Final = 20
-"""How long a port may still be held by a stack that is just ending."""
+PORT_PATIENCE_S: Final = 3
+"""How long a port may still be held by another folder's stack that is just ending."""
 RESTART_PAUSE_S: Final = 1
 RESTART_PAUSE_S_MAX: Final = 30
+STEADY_S: Final = 60
+"""After running this long, the next end of a process counts as its first."""
 DEMO_BUYER_USDC: Final = "100"
+ROLES: Final = ("buyer", "operator", "admin")
 
 Say = Callable[[str], None]
 
@@ -97,6 +113,20 @@ class People:
     keys: dict[str, str]
     """By role: buyer, operator, admin."""
 
+    @classmethod
+    def read(cls, path: Path) -> People:
+        """Read what `_seed` wrote; SetupFault if it is damaged."""
+        try:
+            stored = json.loads(path.read_text())
+            keys = {role: str(stored["keys"][role]) for role in ROLES}
+            buyer, operator, admin = (UUID(stored[role]) for role in ROLES)
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise SetupFault(
+                f"{path} is damaged ({type(e).__name__}: {e}); restore it from a copy, or use another "
+                "--data-dir"
+            ) from e
+        return cls(buyer, operator, admin, keys)
+
 
 @dataclass(slots=True)
 class _Child:
@@ -109,6 +139,7 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     pause_s: float = RESTART_PAUSE_S
     restart_at: float = 0.0
+    started_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -140,8 +171,8 @@ class Stack:
 
     async def start(self) -> None:
         """Bring everything up, in order; SetupFault or ServerFault says what failed, nothing stays behind."""
-        self.folder.make()
         try:
+            await self._check_machine()
             await self._step("database and messaging", self._start_servers)
             await self._step("development chains", self._start_chains)
             await self._step("people, model and keys", self._seed)
@@ -158,81 +189,116 @@ class Stack:
         await work()
         self.seconds[what] = round(time.monotonic() - began, 1)
 
+    async def _check_machine(self) -> None:
+        """Refuse at once, in a sentence, what would fail half way."""
+        require_linux("the development stack")
+        try:
+            anvil_binary()
+        except LocalnetError as e:
+            raise SetupFault(f"{e} (`make setup` does it)") from e
+        if self.has_node:
+            for part in (ENGINE / "venv" / "bin" / "python", ENGINE / "models" / self.model.folder):
+                if not part.exists():
+                    raise SetupFault(f"{part} is missing; `make setup` builds it")
+        wanted = [
+            (self.ports.api, "the API"),
+            (self.ports.ethereum, "the Ethereum node"),
+            (self.ports.base, "the Base node"),
+            (self.ports.solana, "the Solana node"),
+        ]
+        if not os.environ.get("TOLLWAY_NATS_URL"):
+            wanted.append((self.ports.nats, "NATS"))
+        for port, what in wanted:
+            await _wait_until_free(port, what)
+
     async def _start_servers(self) -> None:
         given = os.environ.get("TOLLWAY_DATABASE_URL")
-        if given and self.is_fresh:
-            name = f"tollway_demo_{secrets.token_hex(4)}"
-            self._database_url = make_url(given).set(database=name).render_as_string(hide_password=False)
-        elif given:
-            self._database_url = given
+        if given:
+            self._database_url = _given_database(given, is_fresh=self.is_fresh)
         else:
             self._postgres = EmbeddedPostgres(self.folder.root / "postgres")
             if self.is_fresh:
                 self._postgres.forget()
             self._postgres.start()
             self._database_url = self._postgres.url()
-        await database.create_database(self._database_url)
-        await asyncio.to_thread(database.migrate, self._database_url)
+        await self._open_book()
         self._nats_url = os.environ.get("TOLLWAY_NATS_URL", "")
-        self._nats_credentials = load_or_make_credentials(self.folder.secrets / "nats")
-        if not self._nats_url:
-            port = await _when_free(self.ports.nats, "NATS")
+        if self._nats_url:
+            self._nats_credentials = _given_nats_credentials()
+        else:
+            self._nats_credentials = load_or_make_credentials(self.folder.secrets / "nats")
+            port = self.ports.nats or free_port()
             self._nats = EmbeddedNats(self.folder.root / "nats", port, self._nats_credentials)
             self._nats.start()
             self._nats_url = self._nats.url
 
+    async def _open_book(self) -> None:
+        """Create and migrate the database; SetupFault if it cannot be reached or refuses."""
+        try:
+            await database.create_database(self._database_url)
+            await asyncio.to_thread(database.migrate, self._database_url)
+        except (OSError, SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError) as e:
+            where = make_url(self._database_url).render_as_string(hide_password=True)
+            reason = str(e).partition("\n")[0] or type(e).__name__
+            raise SetupFault(f"the database {where} cannot be used: {reason}") from e
+
     async def _start_chains(self) -> None:
-        ports = ChainPorts(
-            await _when_free(self.ports.ethereum, "the Ethereum node"),
-            await _when_free(self.ports.base, "the Base node"),
-            await _when_free(self.ports.solana, "the Solana node"),
-        )
+        ports = ChainPorts(self.ports.ethereum, self.ports.base, self.ports.solana)
         self.chains = DevelopmentChains(self.folder, ports)
         await self.chains.start()
 
     async def _seed(self) -> None:
         """Make the stack's people once, and put the model on offer."""
         engine = database.connect(self._database_url, pool_size=2)
-        secret = SecretStr(self.folder.secret("hmac"))
         store = self.folder.secrets / "people.json"
-        model_folder = ENGINE / "models" / self.model.folder
         try:
             if not store.exists():
-                async with database.transaction(engine) as connection:
-                    made: dict[str, Any] = {"keys": {}}
-                    for role in ("buyer", "operator", "admin"):
-                        person = await create_person(
-                            connection,
-                            display_name=f"demo {role}",
-                            is_operator=role == "operator",
-                            is_admin=role == "admin",
-                        )
-                        scopes = {"account", "inference"} | ({"admin"} if role == "admin" else set())
-                        made[role] = str(person)
-                        made["keys"][role] = await create_key(connection, secret, person, "demo", scopes)
-                write_private(store, json.dumps(made))
-            if model_folder.exists():
-                files, _ = read_model_folder(model_folder)
-                async with database.transaction(engine) as connection:
-                    await add_model(
-                        connection,
-                        name=self.model.name,
-                        tier=self.model.tier,
-                        context=self.model.context,
-                        files=files,
-                    )
-            elif self.has_node:
-                raise SetupFault(f"{model_folder} is missing; `make setup` builds it")
+                await self._make_people(engine, store)
+            self.people = People.read(store)
+            async with engine.connect() as connection:
+                await find_person(connection, self.people.buyer)
+            await self._offer_model(engine)
+        except PersonUnknown as e:
+            raise SetupFault(
+                f"{self.folder.root} belongs to another book than the one that was opened; give that one's "
+                "TOLLWAY_DATABASE_URL (none if it was the folder's own), or another --data-dir"
+            ) from e
         finally:
             await engine.dispose()
-        stored = json.loads(store.read_text())
-        self.people = People(
-            UUID(stored["buyer"]), UUID(stored["operator"]), UUID(stored["admin"]), stored["keys"]
-        )
+
+    async def _make_people(self, engine: AsyncEngine, store: Path) -> None:
+        secret = SecretStr(self.folder.secret("hmac"))
+        made: dict[str, Any] = {"keys": {}}
+        async with database.transaction(engine) as connection:
+            for role in ROLES:
+                person = await create_person(
+                    connection,
+                    display_name=f"demo {role}",
+                    is_operator=role == "operator",
+                    is_admin=role == "admin",
+                )
+                scopes = {"account", "inference"} | ({"admin"} if role == "admin" else set())
+                made[role] = str(person)
+                made["keys"][role] = await create_key(connection, secret, person, "demo", scopes)
+        write_private(store, json.dumps(made))
+
+    async def _offer_model(self, engine: AsyncEngine) -> None:
+        model_folder = ENGINE / "models" / self.model.folder
+        if not model_folder.exists():  # only without a node, whose start needs it
+            return
+        files, _ = read_model_folder(model_folder)
+        async with database.transaction(engine) as connection:
+            await add_model(
+                connection,
+                name=self.model.name,
+                tier=self.model.tier,
+                context=self.model.context,
+                files=files,
+            )
 
     async def _start_processes(self) -> None:
         assert self._nats_credentials is not None
-        port = await _when_free(self.ports.api, "the API")
+        port = self.ports.api or free_port()
         self.api = f"http://127.0.0.1:{port}"
         self.environment = {
             "environment": "development",
@@ -282,6 +348,7 @@ class Stack:
 
     def _spawn(self, child: _Child) -> None:
         log = self.folder.logs / f"{child.name}.log"
+        child.started_at = time.monotonic()
         child.process = start_child(child.argv, log=log, env=child.environment, cwd=ROOT)
 
     # ---- the operator's node
@@ -336,18 +403,24 @@ class Stack:
         said = began
         async with aiohttp.ClientSession() as http:
             while time.monotonic() - began < NODE_PATIENCE_S:
+                self._raise_if_dead("serve")
                 self._raise_if_dead("node")
-                async with http.get(f"{self.api}/v1/models/{self.model.name}") as answer:
-                    if answer.status == 200 and any(
-                        offer["is_healthy"] for offer in (await answer.json())["offers"]
-                    ):
-                        self.seconds["engine ready"] = round(time.monotonic() - began, 1)
-                        return
+                if await self._is_offered(http):
+                    self.seconds["engine ready"] = round(time.monotonic() - began, 1)
+                    return
                 if time.monotonic() - said > 15:
                     said = time.monotonic()
                     self.say(f"the engine is loading, {said - began:.0f} s …")
                 await asyncio.sleep(0.3)
         raise ServerFault(f"the node is not ready after {NODE_PATIENCE_S} s:\n{self._log_of('node')}")
+
+    async def _is_offered(self, http: aiohttp.ClientSession) -> bool:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with http.get(f"{self.api}/v1/models/{self.model.name}") as answer:
+                return answer.status == 200 and any(
+                    offer["is_healthy"] for offer in (await answer.json())["offers"]
+                )
+        return False
 
     # ---- facts
 
@@ -387,30 +460,37 @@ class Stack:
         """Deposit for the demo buyer through the real path, once, and wait until it is spendable."""
         assert self.people is not None
         headers = {"Authorization": f"Bearer {self.people.keys['buyer']}"}
-        wallet = DevelopmentWallet(self.rpc, seed=seed_in(self.folder.secrets / "demo-wallet.seed"))
-        async with aiohttp.ClientSession(self.api, headers=headers) as http:
-            async with http.get("/api/deposits") as answer:
-                if (await answer.json())["data"]:
+        try:
+            async with aiohttp.ClientSession(self.api, headers=headers) as http:
+                if (await _answer(http, "/api/deposits"))["data"]:
                     return
-            async with http.get("/api/deposit-addresses") as answer:
-                addresses = (await answer.json())["data"]
-            to = next(entry["address"] for entry in addresses if entry["chain"] == "base")
-            amount = parse_usdc(DEMO_BUYER_USDC)
+                addresses = (await _answer(http, "/api/deposit-addresses"))["data"]
+                await self._pay_demo_deposit(
+                    next(entry["address"] for entry in addresses if entry["chain"] == "base")
+                )
+                deadline = time.monotonic() + READY_PATIENCE_S
+                while time.monotonic() < deadline:
+                    if (await _answer(http, "/api/balance"))["available_nano"] > 0:
+                        return
+                    await asyncio.sleep(0.3)
+        except aiohttp.ClientError as e:
+            raise ServerFault(f"the gateway does not answer: {e}\n{self._log_of('serve')}") from e
+        raise ServerFault(f"the demo buyer's deposit was not credited:\n{self._log_of('watch')}")
+
+    async def _pay_demo_deposit(self, to: str) -> None:
+        wallet = DevelopmentWallet(self.rpc, seed=seed_in(self.folder.secrets / "demo-wallet.seed"))
+        amount = parse_usdc(DEMO_BUYER_USDC)
+        try:
             await wallet.fund(Chain.BASE, amount)
             await wallet.pay(Chain.BASE, to, amount)
-            deadline = time.monotonic() + READY_PATIENCE_S
-            while time.monotonic() < deadline:
-                async with http.get("/api/balance") as answer:
-                    if (await answer.json())["available_nano"] > 0:
-                        return
-                await asyncio.sleep(0.3)
-        raise ServerFault("the demo buyer's deposit was not credited; see the log of `watch`")
+        except (ChainError, LocalnetError) as e:
+            raise ServerFault(f"the demo buyer cannot pay on Base: {e}") from e
 
     # ---- life and end
 
-    async def watch(self, stop: asyncio.Event) -> None:
-        """Restart processes that end, until stopped; ServerFault when a server or chain is gone."""
-        while not stop.is_set():
+    async def watch(self) -> None:
+        """Restart processes that end, until cancelled; ServerFault when a server or chain is gone."""
+        while True:
             for server, name in ((self._postgres, "PostgreSQL"), (self._nats, "NATS")):
                 if server is not None and not server.is_alive():
                     raise ServerFault(f"{name} ended; see {self.folder.root}")
@@ -418,14 +498,15 @@ class Stack:
                 raise ServerFault(f"a development chain ended; see {self.folder.chains}")
             for child in self._children:
                 self._restart_if_dead(child)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), 0.5)
+            await asyncio.sleep(0.5)
 
     def _restart_if_dead(self, child: _Child) -> None:
         now = time.monotonic()
         if child.process is None or child.process.poll() is None:
             return
         if not child.restart_at:
+            if now - child.started_at > STEADY_S:
+                child.pause_s = RESTART_PAUSE_S
             self.say(f"`{child.name}` ended (exit code {child.process.returncode}); starting it again")
             child.restart_at = now + child.pause_s
             child.pause_s = min(child.pause_s * 2, RESTART_PAUSE_S_MAX)
@@ -453,22 +534,73 @@ class Stack:
         self._nats, self._postgres, self.chains = None, None, None
 
 
-async def _when_free(port: int, what: str) -> int:
-    """Give the port once it can be bound (a stack that is ending may still hold it); PortInUse if not."""
-    if port == 0:
-        return free_port()
+def cancel_on_signals() -> asyncio.Event:
+    """Let the first SIGTERM, SIGINT or SIGHUP cancel the current task; gives the event it sets.
+
+    Later ones are ignored: ending in order takes a moment.
+    """
+    task, interrupted = asyncio.current_task(), asyncio.Event()
+    assert task is not None
+
+    def interrupt() -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, interrupt)
+    return interrupted
+
+
+def _given_database(given: str, *, is_fresh: bool) -> str:
+    """Give the SQLAlchemy URL of TOLLWAY_DATABASE_URL, or of a new database beside it."""
+    try:
+        url = make_url(given)
+    except SQLAlchemyError as e:
+        raise SetupFault(
+            "TOLLWAY_DATABASE_URL is not a URL such as postgresql://user:password@host/name"
+        ) from e
+    if url.get_backend_name() not in {"postgresql", "postgres"}:
+        raise SetupFault(f"TOLLWAY_DATABASE_URL names {url.get_backend_name()}; the book needs PostgreSQL")
+    if is_fresh:
+        url = url.set(database=f"tollway_demo_{secrets.token_hex(4)}")
+    return url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+
+
+def _given_nats_credentials() -> NatsCredentials:
+    """Who we are on the server of TOLLWAY_NATS_URL, whose configuration names the same."""
+    password = os.environ.get("TOLLWAY_NATS_PASSWORD", "")
+    seed = os.environ.get("TOLLWAY_NATS_ISSUER_SEED", "")
+    if not (password and seed):
+        raise SetupFault(
+            "TOLLWAY_NATS_URL needs TOLLWAY_NATS_PASSWORD (of its users `auth` and `marketplace`) and "
+            "TOLLWAY_NATS_ISSUER_SEED (account seed that signs its auth callout)"
+        )
+    return NatsCredentials(password, seed)
+
+
+async def _answer(http: aiohttp.ClientSession, path: str) -> Any:
+    """GET from our own gateway; ServerFault with its words unless it answers 200."""
+    async with http.get(path) as answer:
+        if answer.status != 200:
+            raise ServerFault(f"GET {path} answered {answer.status}: {await answer.text()}")
+        return await answer.json()
+
+
+async def _wait_until_free(port: int, what: str) -> None:
+    """Return once the port can be bound; PortInUse if it stays taken.  0 stands for any port."""
     deadline = time.monotonic() + PORT_PATIENCE_S
     while True:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
-        if time.monotonic() >= deadline:
-            raise PortInUse(
-                f"port {port} ({what}) is in use on 127.0.0.1; free it or choose others with --port-base"
-            )
-        await asyncio.sleep(0.2)
+        try:
+            require_free_port(port, what)
+        except PortInUse as e:
+            if time.monotonic() >= deadline:
+                raise PortInUse(
+                    f"port {port} ({what}) is in use on 127.0.0.1; free it or choose others with --port-base"
+                ) from e
+            await asyncio.sleep(0.2)
+        else:
+            return
 
 
 async def _run(argv: list[str], environment: dict[str, str]) -> str:
