@@ -11,7 +11,9 @@ from typing import Final
 
 import msgspec
 from eth_account import Account
+from eth_account.typed_transactions.typed_transaction import TypedTransaction
 from eth_hash.auto import keccak
+from hexbytes import HexBytes
 
 from chain.addresses import EvmAddress
 from chain.errors import ChainFault, ChainRefusal, RpcUnavailable, UnknownResult
@@ -101,6 +103,30 @@ class GasPayer:
         raw = bytes(signed.raw_transaction)
         return OuterTransaction(raw, "0x" + keccak(raw).hex())
 
+    async def replace(self, raw: bytes) -> OuterTransaction | None:
+        """Sign the same call on the same nonce for a better fee, so that a stuck one need not land (A46).
+
+        None if that nonce is used by now: nothing of ours waits on it.  FeesTooHigh above the cap.
+        """
+        old = TypedTransaction.from_bytes(HexBytes(raw)).as_dict()
+        history, used = await self._rpc.batch(
+            [
+                Call("eth_feeHistory", ("0x1", "latest", [50])),
+                Call("eth_getTransactionCount", (self.address, "latest")),
+            ]
+        )
+        if quantity(used.value(str)) > old["nonce"]:
+            return None
+        fee, tip = self._fees(history.value(_FeeHistory))
+        fee, tip = max(fee, _bumped(old["maxFeePerGas"])), max(tip, _bumped(old["maxPriorityFeePerGas"]))
+        if fee > self._fee_cap_wei:
+            raise FeesTooHigh(f"replacing costs {fee} wei per gas, the cap is {self._fee_cap_wei}")
+        kept = ("type", "chainId", "nonce", "value", "data", "gas")
+        again = {name: old[name] for name in kept} | {"to": "0x" + bytes(old["to"]).hex()}
+        signed = self._account.sign_transaction(again | {"maxFeePerGas": fee, "maxPriorityFeePerGas": tip})
+        bumped = bytes(signed.raw_transaction)
+        return OuterTransaction(bumped, "0x" + keccak(bumped).hex())
+
     def _fees(self, history: _FeeHistory) -> tuple[int, int]:
         """(most per gas, tip per gas), so that the transaction survives the base fee doubling."""
         base = quantity(history.baseFeePerGas[-1]) if history.baseFeePerGas else 0
@@ -109,6 +135,11 @@ class GasPayer:
         if base + tip > self._fee_cap_wei:
             raise FeesTooHigh(f"gas costs {base + tip} wei, the cap is {self._fee_cap_wei}")
         return min(2 * base + tip, self._fee_cap_wei), tip
+
+
+def _bumped(wei: int) -> int:
+    """At least an eighth more: what nodes ask of a replacement is a tenth."""
+    return wei + wei // 8 + 1
 
 
 async def broadcast(rpc: JsonRpc, raw: bytes, tx: str) -> None:

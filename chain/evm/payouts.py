@@ -195,6 +195,11 @@ class SafeRail:
         outer = await self._gas_payer.wrap(self.terms.safe, transaction.exec_calldata(b"".join(ascending)))
         return SignedTransaction(outer.raw, outer.tx, unsigned.fence)
 
+    async def replace(self, signed: SignedTransaction) -> SignedTransaction | None:
+        """The same SafeTx for a better fee on the same outer nonce; None if that nonce is used by now."""
+        outer = await self._gas_payer.replace(signed.raw)
+        return None if outer is None else SignedTransaction(outer.raw, outer.tx, signed.fence)
+
     async def broadcast(self, signed: SignedTransaction) -> None:
         """Send the same bytes; see `gas.broadcast` for what it raises."""
         await gas.broadcast(self._rpc, signed.raw, signed.tx)

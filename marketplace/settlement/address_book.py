@@ -20,6 +20,7 @@ from chain.addresses import parse_payout_address
 from chain.networks import Chain
 from marketplace.platform.ids import uuid7
 from marketplace.platform.settings import ChainsConfig
+from marketplace.settlement import notices, sanctions
 from marketplace.settlement.errors import NotFound, WrongState
 from marketplace.settlement.tables import payout_addresses
 
@@ -59,8 +60,14 @@ async def add(
     cooling_s: int,
     now: datetime,
 ) -> tuple[PayoutAddress, bool]:
-    """Add an address; gives it, and whether this call added it.  BadAddress, WrongState at the limit."""
+    """Add an address; gives it, and whether this call added it.
+
+    BadAddress, Sanctioned, WrongState at the limit.
+    The owner is told by a notice, to the contact on record.
+    """
     address = parse_payout_address(chain, text, forbidden)
+    if await sanctions.listed(conn, [address]):
+        raise sanctions.Sanctioned(f"{address} is on a sanctions list; use another address")
     in_use = [entry for entry in await listing(conn, person) if entry.retired_at is None]
     for entry in in_use:
         if (entry.chain, entry.address) == (chain, address):
@@ -82,6 +89,11 @@ async def add(
         if found is None:
             raise WrongState("the address is being retired; try again")
         return found, False
+    message = (
+        f"{address} on {chain.value} was added to your payout addresses; it can be used from "
+        f"{entry.usable_at.isoformat(timespec='minutes')}. If it was not you, retire it and tell us."
+    )
+    await notices.leave(conn, person=person, kind="payout_address_added", message=message, now=now)
     return entry, True
 
 
@@ -121,6 +133,8 @@ async def retire(conn: AsyncConnection, *, person: UUID, address_id: UUID, now: 
     )
     if done.rowcount == 0:
         raise NotFound("you have no such payout address in use")
+    message = f"payout address {address_id} was retired. If it was not you, tell us."
+    await notices.leave(conn, person=person, kind="payout_address_retired", message=message, now=now)
 
 
 def _entry(r: Row[Any]) -> PayoutAddress:

@@ -7,11 +7,13 @@ the index on (operator, id).
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Final
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.ledger import accounts as ledger_accounts
@@ -61,3 +63,32 @@ async def _maturing(conn: AsyncConnection, account: int, since: datetime) -> Nan
     share = func.coalesce(func.sum(charges.c.amount - charges.c.fee), 0)
     statement = select(share).where(charges.c.operator == account, charges.c.id >= first_uuid7_at(since))
     return Nano(int(await conn.scalar(statement) or 0))
+
+
+async def pages(
+    conn: AsyncConnection, *, now: datetime, reserve_s: int
+) -> AsyncIterator[list[tuple[str, Earnings]]]:
+    """Every operator's earnings, `PAGE` at a time in account order, so memory stays flat."""
+    after, since = 0, first_uuid7_at(now - timedelta(seconds=reserve_s))
+    while True:
+        rows = (await conn.execute(_PAGE, {"after": after, "since": since, "limit": PAGE})).all()
+        if rows:
+            yield [(r.owner, Earnings(Nano(r.posted), Nano(r.held), Nano(int(r.maturing)))) for r in rows]
+        if len(rows) < PAGE:
+            return
+        after = rows[-1].id
+
+
+PAGE: Final = 5_000
+_PAGE: Final = text(
+    """
+    WITH page AS (
+        SELECT a.id, a.owner, b.posted, b.held FROM accounts a JOIN balances b ON b.account_id = a.id
+        WHERE a.kind = 'operator_earnings' AND a.id > :after ORDER BY a.id LIMIT :limit
+    ), young AS (
+        SELECT c.operator, sum(c.amount - c.fee) AS maturing FROM charges c
+        WHERE c.operator IN (SELECT id FROM page) AND c.id >= :since GROUP BY c.operator
+    )
+    SELECT p.id, p.owner, p.posted, p.held, coalesce(y.maturing, 0) AS maturing
+    FROM page p LEFT JOIN young y ON y.operator = p.id ORDER BY p.id"""
+)

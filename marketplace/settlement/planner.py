@@ -38,7 +38,7 @@ from marketplace.ledger.posting import lock_balances, post_transfer
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.platform.ids import uuid7
-from marketplace.settlement import halts, people
+from marketplace.settlement import halts, payout_rules, people, sanctions
 from marketplace.settlement.batches import live_batch, lock_chain
 from marketplace.settlement.digest import batch_digest, merkle_root
 from marketplace.settlement.dry_run import prepare
@@ -48,6 +48,7 @@ from marketplace.settlement.withdrawals import Status
 
 LINES_MAX: Final = 300
 """Of one batch on any chain; a rail may take fewer (`max_lines`)."""
+ON_A_LIST: Final = "the address is on a sanctions list"
 ATTEMPTS_MAX: Final = 3
 """How often the plan is made again because a request changed during the dry run."""
 
@@ -86,14 +87,17 @@ class _Changed(Exception):
 async def plan(engine: AsyncEngine, rail: PayoutRail, clock: Clock, *, planned_by: str) -> Planned:
     """Freeze one batch of the rail's chain.
 
-    PlanRefused (code `halted`, `batch_under_way`, `nothing_to_plan`, `escrow_short`, `dry_run_failed`,
-    `nobody_payable`, `keeps_changing`) with nothing changed but, for `nobody_payable`, the failed requests.
+    PlanRefused (code `halted`, `batch_under_way`, `nothing_to_plan`, `escrow_short`, `daily_max`,
+    `dry_run_failed`, `nobody_payable`, `keeps_changing`) with nothing changed but,
+    for `nobody_payable`, the failed requests.
     """
     for _ in range(ATTEMPTS_MAX):
         async with transaction(engine) as conn:
-            candidates = await _read(conn, rail)
+            candidates = await _read(conn, rail, clock.now())
+            listed = await sanctions.listed(conn, {c.address for c in candidates})
+        sanctioned = {str(c.payout_id): ON_A_LIST for c in candidates if c.address in listed}
         try:
-            unsigned, refused = await prepare(rail, [c.line for c in candidates])
+            unsigned, refused = await prepare(rail, [c.line for c in candidates if c.address not in listed])
         except ChainRefusal as e:
             raise PlanRefused(f"the dry run fails: {e}", code="dry_run_failed") from e
         try:
@@ -103,7 +107,7 @@ async def plan(engine: AsyncEngine, rail: PayoutRail, clock: Clock, *, planned_b
                     rail=rail,
                     candidates=candidates,
                     unsigned=unsigned,
-                    refused=refused,
+                    refused=refused | sanctioned,
                     planned_by=planned_by,
                     now=clock.now(),
                 )
@@ -114,13 +118,13 @@ async def plan(engine: AsyncEngine, rail: PayoutRail, clock: Clock, *, planned_b
         ) as e:  # the constraints' last word: one live batch per chain, one batch per fence
             raise PlanRefused(f"the fence is used by another batch: {e.orig}", code="batch_under_way") from e
         if planned is None:
-            reasons = "; ".join(sorted(set(refused.values())))
+            reasons = "; ".join(sorted({*refused.values(), *sanctioned.values()}))
             raise PlanRefused(f"no request can be paid: {reasons}", code="nobody_payable")
         return planned
     raise PlanRefused("requests keep changing during the dry run; try again", code="keeps_changing")
 
 
-async def _read(conn: AsyncConnection, rail: PayoutRail) -> list[Candidate]:
+async def _read(conn: AsyncConnection, rail: PayoutRail, now: datetime) -> list[Candidate]:
     await _check_free(conn, rail.chain)
     t = withdrawals.c
     limit = min(LINES_MAX, int(getattr(rail, "max_lines", LINES_MAX)))
@@ -135,12 +139,20 @@ async def _read(conn: AsyncConnection, rail: PayoutRail) -> list[Candidate]:
     waiting = [row for row in rows if row.person_id not in bad][:limit]
     if not waiting:
         raise PlanRefused(f"no withdrawal waits on {rail.chain}", code="nothing_to_plan")
-    return await _covered(conn, rail.chain, waiting)
+    left = from_micro((await payout_rules.left_today(conn, now=now)).n)
+    if left.n < from_micro(waiting[0].amount_micro).n:
+        message = (
+            f"${left} may still be planned today, less than the next withdrawal: wait or change the rules"
+        )
+        raise PlanRefused(message, code="daily_max")
+    return await _covered(conn, rail.chain, waiting, left)
 
 
-async def _covered(conn: AsyncConnection, chain: Chain, waiting: Sequence[Row[Any]]) -> list[Candidate]:
-    """As many requests, oldest first, as the escrow covers (S3); nobody is overtaken by a smaller one."""
-    left = await payable(conn, chain)
+async def _covered(
+    conn: AsyncConnection, chain: Chain, waiting: Sequence[Row[Any]], most: Nano
+) -> list[Candidate]:
+    """As many requests, oldest first, as escrow (S3) and `most` cover; no smaller one overtakes."""
+    left = min(await payable(conn, chain), most)
     chosen: list[Candidate] = []
     for row in waiting:
         left = left - from_micro(row.amount_micro)
@@ -199,6 +211,8 @@ async def _write(
         raise AssertionError("the rail froze other lines than it was given")
     total = Micro(sum(c.amount.n for c in kept))
     if (await payable(conn, rail.chain)).n < from_micro(total.n).n:
+        raise _Changed
+    if await payout_rules.left_today(conn, now=now) < total:
         raise _Changed
     batch_id = await _freeze(
         conn, rail=rail, kept=kept, unsigned=unsigned, total=total, planned_by=planned_by, now=now

@@ -42,6 +42,7 @@ from marketplace.settlement.errors import (
     SettlementRefusal,
     WrongState,
 )
+from marketplace.settlement.sanctions import Sanctioned
 
 router = APIRouter(prefix="/api")
 
@@ -55,6 +56,7 @@ _ANSWERS: Final[dict[type[SettlementRefusal], int]] = {
     WrongState: 409,
     PlanRefused: 409,
     ApprovalRefused: 400,
+    Sanctioned: 422,
 }
 
 
@@ -234,7 +236,7 @@ async def list_payout_addresses(services: ServicesDep, identity: AccountIdentity
 @router.post(
     "/payout-addresses",
     status_code=201,
-    responses=_errors(s400="not a payable address", s409="too many addresses"),
+    responses=_errors(s400="not a payable address", s409="too many addresses", s422="on a sanctions list"),
     tags=["operators"],
 )
 async def add_payout_address(

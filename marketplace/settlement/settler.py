@@ -11,7 +11,7 @@ bytes and lose each other's compare-and-set, never pay twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
@@ -233,7 +233,7 @@ class Settler:
         ):
             return False
         if now >= newest.stored_at + timedelta(seconds=self._pace.new_envelope_s) and await self._rewrap(
-            batch, envelopes
+            batch, envelopes, is_stuck=True
         ):
             return True
         try:
@@ -260,19 +260,30 @@ class Settler:
             )
         self._reached("recorded")
 
-    async def _rewrap(self, batch: Batch, envelopes: Sequence[Broadcast]) -> bool:
-        """Put the same payload into a new transaction; False if the chain has only one for it."""
+    async def _rewrap(self, batch: Batch, envelopes: Sequence[Broadcast], *, is_stuck: bool = False) -> bool:
+        """Put the same payload into a new transaction; False if the chain has only one for it.
+
+        One that is stuck is replaced on its own outer nonce where the chain has such a thing: a new nonce
+        would only queue behind it.
+        """
         if len(envelopes) >= ENVELOPES_MAX:
             await self._note(batch, f"{len(envelopes)} transactions did not land: a person must look")
             return False
         async with transaction(self._engine) as conn:
             approved = await stored_approvals(conn, batch.id)
             joined = await members(conn, batch.id)
-        signed = await self._rail.assemble(self._rebuild(batch, joined), approved)
+        signed = await self._replaced(envelopes[-1]) if is_stuck else None
+        if signed is None:
+            signed = await self._rail.assemble(self._rebuild(batch, joined), approved)
         if signed.tx in {envelope.tx for envelope in envelopes}:
             return False
         await self._store(batch, signed, attempt=envelopes[-1].attempt + 1)
         return True
+
+    async def _replaced(self, envelope: Broadcast) -> SignedTransaction | None:
+        replace: Callable[[SignedTransaction], Awaitable[SignedTransaction | None]] | None
+        replace = getattr(self._rail, "replace", None)
+        return None if replace is None else await replace(_signed(envelope))
 
     # ── ending ────────────────────────────────────────────────────────────────────────────────────────
 

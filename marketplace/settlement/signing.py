@@ -30,6 +30,7 @@ from marketplace.ledger import templates
 from marketplace.ledger.accounts import TransferKind
 from marketplace.ledger.money import from_micro
 from marketplace.ledger.tables import accounts, transfers
+from marketplace.settlement import payout_rules
 from marketplace.settlement.batches import (
     Member,
     find_batch,
@@ -240,8 +241,10 @@ async def store_approval(
         created_at=now,
     )
     await conn.execute(row)
-    if batch.status is Payout.APPROVED or len(on_record) + 1 < batch.threshold:
-        return batch.status  # one more than the threshold changes nothing
+    rules = await payout_rules.in_force(conn)
+    needed = rules.approvals_needed(batch.total, threshold=batch.threshold, signers=len(consent.signers))
+    if batch.status is Payout.APPROVED or len(on_record) + 1 < needed:
+        return batch.status  # one more than needed changes nothing
     return await move(conn, batch, Approved(), now=now)
 
 

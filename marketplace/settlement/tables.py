@@ -1,4 +1,4 @@
-"""Settlement's tables as SQLAlchemy sees them; the migration `settlement_0001` is the truth.
+"""Settlement's tables as SQLAlchemy sees them; the migrations are the truth.
 
 Amounts are micro-USDC (`_micro`); the ledger's nano-dollars are 1,000 times that.
 """
@@ -160,4 +160,35 @@ plan_requests: Final = Table(
     Column("batch_id", Uuid),
     Column("code", Text),
     Column("outcome", Text),
+)
+
+payout_rules: Final = Table(
+    "payout_rules",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("large_above_micro", BigInteger, nullable=False),
+    Column("large_approvals", Integer, nullable=False),
+    Column("daily_micro_max", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", _AT, nullable=False),
+)
+
+settlement_notices: Final = Table(
+    "settlement_notices",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("person_id", Uuid, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("at", _AT, nullable=False),
+    Column("delivered_at", _AT),
+)
+
+sanctioned_addresses: Final = Table(
+    "sanctioned_addresses",
+    metadata,
+    Column("address", Text, primary_key=True),
+    Column("source", Text, nullable=False),
+    Column("listed_at", _AT, nullable=False),
 )

@@ -1,0 +1,71 @@
+"""Addresses that nobody may pay: screened when one is added to an address book, and again at planning.
+
+The list comes from a file that somebody fetched and checked: one address a line, `#` starts a comment.  A
+refresh replaces the whole list, or nothing.  EVM addresses are compared without case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import delete, insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from marketplace.settlement.errors import SettlementRefusal
+from marketplace.settlement.tables import sanctioned_addresses
+
+BYTES_MAX: Final = 16 * 1024 * 1024
+ADDRESS_CHARACTERS_MAX: Final = 100
+ROWS_PER_STATEMENT: Final = 5_000
+
+
+class BadList(SettlementRefusal):
+    """The file is not a list of addresses; the list in force stays."""
+
+    code = "bad_sanctions_list"
+
+
+class Sanctioned(SettlementRefusal):
+    """The address is on a sanctions list."""
+
+    code = "address_sanctioned"
+
+
+def read_list(path: Path) -> frozenset[str]:
+    """Read a list; BadList if it is empty, too large, or not one address a line."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(BYTES_MAX + 1)
+        text = raw.decode("ascii")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadList(f"{path} cannot be read as a list of addresses: {e}") from e
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    found = frozenset(_canonical(line) for line in lines if line)
+    if len(raw) > BYTES_MAX or not found:
+        raise BadList(f"{path} is empty or over {BYTES_MAX} bytes")
+    if wrong := [line for line in found if len(line) > ADDRESS_CHARACTERS_MAX or not line.isalnum()]:
+        raise BadList(f"{path}: {wrong[0][:60]!r} is not an address")
+    return found
+
+
+async def refresh(conn: AsyncConnection, addresses: frozenset[str], *, source: str, now: datetime) -> None:
+    """Put this list in force instead of the one before."""
+    await conn.execute(delete(sanctioned_addresses))
+    rows = [{"address": a, "source": source[:200], "listed_at": now} for a in sorted(addresses)]
+    for start in range(0, len(rows), ROWS_PER_STATEMENT):
+        await conn.execute(insert(sanctioned_addresses), rows[start : start + ROWS_PER_STATEMENT])
+
+
+async def listed(conn: AsyncConnection, addresses: Collection[str]) -> frozenset[str]:
+    """Those of `addresses` that are on the list, as they were given."""
+    by_key = {_canonical(address): address for address in addresses}
+    t = sanctioned_addresses.c
+    found = await conn.scalars(select(t.address).where(t.address.in_(list(by_key))))
+    return frozenset(by_key[address] for address in found)
+
+
+def _canonical(address: str) -> str:
+    return address.lower() if address[:2].lower() == "0x" else address
