@@ -21,6 +21,9 @@ class HoldState(Enum):
     ENDED = auto()
 
 
+_OPEN, _ENDED = HoldState.OPEN, HoldState.ENDED  # an enum's attribute costs more than the rest of `settle`
+
+
 @dataclass(slots=True, eq=False)
 class Slice:
     """One lease as its process sees it."""
@@ -90,17 +93,17 @@ class LeaseBook:
         A cost above the hold is not taken from the slice: the poster took the rest from the balance.
         Settling or releasing a hold that has ended is harmless.
         """
-        if hold.state is HoldState.ENDED:
+        if hold.state is _ENDED:
             return
-        hold.state = HoldState.ENDED
-        part = hold.slice
-        part.reserved_nano -= hold.amount_nano
-        part.free_nano += hold.amount_nano - min(cost_nano, hold.amount_nano)
-        part.used_at_ns = self._clock_ns()
+        hold.state = _ENDED
+        part, held = hold.slice, hold.amount_nano
+        part.reserved_nano -= held
+        if cost_nano < held:
+            part.free_nano += held - cost_nano
 
     def release(self, hold: Hold) -> None:
         """The request cost nothing.  A hold whose charge was accepted by the poster is left to it."""
-        if hold.state is HoldState.OPEN:
+        if hold.state is _OPEN:
             self.settle(hold, 0)
 
     def add(
@@ -129,7 +132,7 @@ class LeaseBook:
             del self._slices[part.buyer]
 
     def take_out_idle(self, buyer: int, *, unused_since_ns: int) -> Slice | None:
-        """Remove and give back a slice with no open hold, not used since: now the caller's to return."""
+        """Remove and give back a slice with no open hold, none begun since: now the caller's to return."""
         part = self._slices.get(buyer)
         if part is None or part.reserved_nano or part.used_at_ns > unused_since_ns:
             return None
