@@ -43,6 +43,7 @@ from marketplace.deposits.attribution import (
     attribute,
     part_sweeps,
 )
+from marketplace.deposits.early import EarlyCredit, end_loans, lend
 from marketplace.deposits.tables import deposits, support_cases, sweeps, unsupported_deposits
 from marketplace.ledger import accounts, templates
 from marketplace.ledger.accounts import ensure_account
@@ -74,6 +75,8 @@ class Rules:
     chain: Chain
     escrow: str
     deposit_micro_min: int
+    early: EarlyCredit | None = None
+    """Caps of early credit; None lends nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ async def record_seen(
     """Show people what is on its way; moves no money.  Sweeps and strangers' money wait for finality."""
     transfers = part_sweeps(transfers, outbound, rules.escrow).inbound
     known = await _known(conn, rules.chain, transfers)
+    worth: list[tuple[TransferSeen, UUID]] = []
     for transfer in transfers:
         found = attribute(transfer, directory)
         if transfer.amount.n == 0 or not isinstance(found, ToPerson):
@@ -103,9 +107,13 @@ async def record_seen(
         after = advance(known.get(transfer.key), Appeared(transfer.block_hash, transfer.amount))
         if after != known.get(transfer.key):
             await _write(conn, transfer, found, after.status, now)
+            if transfer.amount.n >= rules.deposit_micro_min:  # a smaller one may wait for long
+                worth.append((transfer, found.person_id))
+    if rules.early is not None:
+        await post_entries(conn, await lend(conn, rules.early, worth, now))
 
 
-async def orphan(conn: AsyncConnection, chain: Chain, block_hashes: Collection[str]) -> int:
+async def orphan(conn: AsyncConnection, chain: Chain, block_hashes: Collection[str], now: datetime) -> int:
     """Mark what was seen in blocks that left the chain; gives how many."""
     if not block_hashes:
         return 0
@@ -119,7 +127,7 @@ async def orphan(conn: AsyncConnection, chain: Chain, block_hashes: Collection[s
         .with_for_update()
     )
     rows = (await conn.execute(statement)).all()
-    await _orphan_rows(conn, chain, rows)
+    await _orphan_rows(conn, chain, rows, now)
     return len(rows)
 
 
@@ -139,7 +147,7 @@ async def book_final(
     """
     parted = part_sweeps(transfers, outbound, rules.escrow)
     transfers = parted.inbound
-    await _orphan_unconfirmed(conn, rules.chain, transfers, through_height)
+    await _orphan_unconfirmed(conn, rules.chain, transfers, through_height, now)
     known = await _known(conn, rules.chain, transfers)
     entries: list[Transfer] = []
     for departure in parted.swept:
@@ -161,8 +169,22 @@ async def book_final(
     for arrival in arrivals:
         await _write(conn, arrival.transfer, arrival.attribution, Deposit.FINAL, now)
     credited, credit_entries = await _credit(conn, rules, arrivals, now)
-    await _post(conn, [*entries, *credit_entries])
+    repaid = await end_loans(
+        conn, rules.chain, {credit.key for credit in credited}, is_called_in=False, now=now
+    )
+    await post_entries(conn, [*entries, *credit_entries, *(entry for _, entry in repaid)])
+    set_aside = {arrival.transfer.key for arrival in arrivals} - {credit.key for credit in credited}
+    await _call_in(conn, rules.chain, set_aside, now)
     return credited
+
+
+async def _call_in(conn: AsyncConnection, chain: Chain, keys: Collection[str], now: datetime) -> None:
+    """End loans whose deposit did not come, spent or not, and tell a person."""
+    ended = await end_loans(conn, chain, keys, is_called_in=True, now=now)
+    await post_entries(conn, [entry for _, entry in ended])
+    for key, entry in ended:
+        detail = f"{entry.amount} lent against a deposit that was not credited, taken back from {entry.debit}"
+        await open_case(conn, chain, kind="early_credit_called_in", key=key, detail=detail, now=now)
 
 
 async def open_case(
@@ -193,7 +215,7 @@ async def book_opening_balance(
     entry = templates.deposit_unattributed(
         chain=chain.value, amount=from_micro(amount.n), ref=f"{chain.value}:{key}"
     )
-    await _post(conn, [entry])
+    await post_entries(conn, [entry])
     detail = f"the escrow held {amount} USDC at {height}"
     await open_case(conn, chain, kind="opening_balance", key=key, detail=detail, now=now)
 
@@ -216,7 +238,7 @@ def _as_known(row: Row[*tuple[Any, ...]]) -> Known:
 
 
 async def _orphan_unconfirmed(
-    conn: AsyncConnection, chain: Chain, transfers: Sequence[TransferSeen], through_height: int
+    conn: AsyncConnection, chain: Chain, transfers: Sequence[TransferSeen], through_height: int, now: datetime
 ) -> None:
     """What was seen at or below a final height and is not in the final blocks never happened."""
     statement = (
@@ -229,13 +251,16 @@ async def _orphan_unconfirmed(
         )
         .with_for_update()
     )
-    await _orphan_rows(conn, chain, (await conn.execute(statement)).all())
+    await _orphan_rows(conn, chain, (await conn.execute(statement)).all(), now)
 
 
-async def _orphan_rows(conn: AsyncConnection, chain: Chain, rows: Sequence[Row[*tuple[Any, ...]]]) -> None:
+async def _orphan_rows(
+    conn: AsyncConnection, chain: Chain, rows: Sequence[Row[*tuple[Any, ...]]], now: datetime
+) -> None:
     for row in rows:
         advance(_as_known(row), Reorged())
     if rows:
+        await _call_in(conn, chain, [row.key for row in rows], now)
         await conn.execute(
             update(deposits)
             .where(deposits.c.chain == chain.value, deposits.c.key.in_([row.key for row in rows]))
@@ -457,7 +482,7 @@ def _give(chain: Chain, person_id: UUID, key: str, amount_micro: int, arrival: _
     return build(chain=chain.value, person=str(person_id), amount=amount, ref=ref)
 
 
-async def _post(conn: AsyncConnection, entries: Sequence[Transfer]) -> None:
+async def post_entries(conn: AsyncConnection, entries: Sequence[Transfer]) -> None:
     """Post all, their balances locked first in the ledger's order, so that nobody waits in a circle."""
     names = sorted({account for entry in entries for account in (entry.debit, entry.credit)})
     if not names:

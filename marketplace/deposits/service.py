@@ -20,6 +20,7 @@ from chain.solana.rpc import SolanaRpc
 from marketplace.deposits import cursor, metrics
 from marketplace.deposits.alarms import acknowledge
 from marketplace.deposits.booking import Credit, Rules
+from marketplace.deposits.early import EarlyCredit
 from marketplace.deposits.reconcile import Reconciled, check_chain
 from marketplace.deposits.watcher import Pace, Watcher
 from marketplace.platform.clock import Clock
@@ -75,15 +76,16 @@ async def watch(
     start_height: int | None = None,
     pace: Pace | None = None,
     on_credit: Callable[[Credit], None] | None = None,
+    early: EarlyCredit | None = None,
 ) -> None:
     """Run a watcher for each chain in `which` until `stop` is set; each finishes the unit it is at.
 
-    `start_height` counts only at a chain's very first start.
+    `start_height` counts only at a chain's very first start; `early` None lends nothing before finality.
     """
     async with AsyncExitStack() as stack:
         watchers = [
             Watcher(
-                Rules(chain, escrow_of(chain, chains), deposit_micro_min),
+                Rules(chain, escrow_of(chain, chains), deposit_micro_min, early),
                 await stack.enter_async_context(open_reader(chain, chains)),
                 engine,
                 clock,

@@ -221,3 +221,15 @@ screened_senders: Final = Table(
     Column("added_by", Text, nullable=False),
     Column("added_at", DateTime(timezone=True), nullable=False),
 )
+
+early_credits: Final = Table(
+    "early_credits",
+    metadata,
+    Column("chain", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("person_id", Uuid, nullable=False),
+    Column("amount_micro", BigInteger, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("lent_at", DateTime(timezone=True), nullable=False),
+    Column("ended_at", DateTime(timezone=True)),
+)

@@ -60,6 +60,7 @@ from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 
 WATCHER: Final = "watcher"
+PROGRESS_EVERY_S: Final = 5.0
 LOCK_SPACE: Final = 0x746F6C6C  # "toll": first key of the advisory locks, the second is the chain's
 _log: Final = structlog.get_logger("marketplace.deposits")
 
@@ -93,6 +94,9 @@ class Watcher:
     _cursor: Cursor | None = None
     _addresses: KnownAddresses = field(init=False)
     _halt_told: bool = False
+    _progress: tuple[float, int] | None = None
+    """Since when, and from which height, this watcher has been catching up."""
+    _progress_told: float = 0.0
 
     def __post_init__(self) -> None:
         self._addresses = KnownAddresses(self.rules.chain, self.rules.escrow)
@@ -210,7 +214,7 @@ class Watcher:
                 conn, cursor, moved.window, head_height=max(cursor.head_height, final.height), now=now
             )
             # A losing branch may reach above the new final block: nothing later would look at it again.
-            await orphan(conn, chain, [header.hash for header in moved.orphaned])
+            await orphan(conn, chain, [header.hash for header in moved.orphaned], now)
             arrived = [*transfers, *(found.transfer for found in foreign)]
             directory = await look_up(conn, chain, self.rules.escrow, arrived)
             credited = await book_final(
@@ -225,6 +229,7 @@ class Watcher:
             await record_foreign(conn, chain, foreign, directory, now)
             await note_changes(conn, chain, [change for block in facts for change in block.changes], now)
         self._moved(saved)
+        self._tell_progress(cursor.window.final.height, final.height)
         self._tell_credits(credited)
         return True
 
@@ -296,7 +301,7 @@ class Watcher:
         async with transaction(self.engine) as conn:
             saved = await save_cursor(conn, cursor, step.window, head_height=head.height, now=now)
             if isinstance(step, Reorged):
-                await orphan(conn, self.rules.chain, [header.hash for header in step.orphaned])
+                await orphan(conn, self.rules.chain, [header.hash for header in step.orphaned], now)
             directory = await look_up(conn, self.rules.chain, self.rules.escrow, transfers)
             await record_seen(conn, self.rules, transfers, directory, now, outbound=_outbound(fresh))
         self._moved(saved)
@@ -352,6 +357,27 @@ class Watcher:
     def _moved(self, saved: Cursor) -> None:
         self._cursor = saved
         metrics.FINAL_HEIGHT.labels(self.rules.chain).set(saved.window.final.height)
+
+    def _tell_progress(self, before: int, target: int) -> None:
+        """While far behind, say now and then how far and how fast."""
+        height = self._cursor.window.final.height if self._cursor is not None else before
+        now = self.clock.monotonic()
+        if target - height <= self.pace.blocks_per_tick:
+            self._progress = None
+            return
+        began, first = self._progress or (now, before)
+        self._progress = began, first
+        if now - self._progress_told >= PROGRESS_EVERY_S and now > began:
+            self._progress_told = now
+            speed = (height - first) / (now - began)
+            _log.info(
+                "catching up",
+                chain=self.rules.chain.value,
+                height=height,
+                target=target,
+                blocks_per_s=round(speed),
+                left_s=round((target - height) / speed) if speed else None,
+            )
 
     def _tell_credits(self, credited: Sequence[Credit]) -> None:
         for credit in credited:

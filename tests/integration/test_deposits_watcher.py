@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.errors import RpcUnavailable
 from chain.networks import Chain
 from chain.ports import BlockFacts, WatchSet
 from chain.simulated import Movement, SimulatedChain
+from chain.units import Micro
+from marketplace.deposits import service
 from marketplace.deposits.booking import Rules
 from marketplace.deposits.cursor import halt_chain, load_cursor, resume_chain
+from marketplace.deposits.decisions import attribute_deposit, leave_deposit, open_cases, screen_sender
+from marketplace.deposits.early import EarlyCredit
+from marketplace.deposits.errors import NoDecision
+from marketplace.deposits.explain import explain_transaction
 from marketplace.deposits.reconcile import check_chain
 from marketplace.deposits.tables import (
     chain_cursors,
@@ -29,6 +35,7 @@ from marketplace.deposits.tables import (
     solana_pool,
     support_cases,
     sweeps,
+    unsupported_deposits,
 )
 from marketplace.deposits.watcher import Pace, Watcher
 from marketplace.ledger import accounts
@@ -515,3 +522,216 @@ async def _until_async(read, expected: object) -> None:
     async with asyncio.timeout(10):
         while await read() != expected:
             await asyncio.sleep(0.01)
+
+
+# Rules: what is never credited, what a person decides, what is lent.
+
+
+async def start(bench: Bench, **rules: object) -> Watcher:
+    watcher = bench.a_watcher()
+    watcher.rules = replace(watcher.rules, **rules)
+    await bench.settle(watcher)
+    return watcher
+
+
+async def final(bench: Bench, watcher: Watcher, *movements: Movement) -> None:
+    bench.node.mine(*movements)
+    bench.node.finalize()
+    await bench.settle(watcher)
+
+
+async def a_known_person(bench: Bench) -> uuid.UUID:
+    person = uuid.uuid4()
+    async with transaction(bench.engine) as conn:
+        await conn.execute(text("INSERT INTO people (id, display_name) VALUES (:id, 'x')"), {"id": person})
+    return person
+
+
+async def test_a02_a_bridged_look_alike_is_a_row_and_a_case_and_no_credit(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = await start(bench)
+    fake = replace(bench.pays(address, 90), token="0xd9aAEc86B65D86f6A7B5B1b0c42FFA531710b6CA")
+    await final(bench, watcher, fake, bench.pays(address, 5))
+    assert await bench.buyer(person) == 5_000_000_000
+    assert await bench.cases() == ["unsupported_token"]
+    async with transaction(bench.engine) as conn:
+        row = (await conn.execute(select(unsupported_deposits))).one()
+        said = await explain_transaction(conn, Chain.BASE, fake.tx, deposit_micro_min=5_000_000)
+    assert (row.person_id, int(row.amount), row.to_address) == (person, 90_000_000, address)
+    assert {s.verdict for s in said} == {"unsupported", "case"}
+    await bench.books_hold()
+
+
+async def test_a06_dust_waits_and_a_sweep_of_all_of_it_books_once(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = await start(bench)
+    await final(bench, watcher, *(bench.pays(address, "1") for _ in range(500)))
+    assert await bench.buyer(person) == 0
+    assert await bench.balance(accounts.unattributed("base")) == 500_000
+    assert await bench.cases() == []
+    await bench.books_hold()
+
+
+async def test_a08_new_code_behind_usdc_holds_every_deposit_until_acknowledged(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = await start(bench)
+    await final(bench, watcher, bench.pays(address, 6))
+    bench.node.code = "0xbad"
+    await final(bench, watcher, bench.pays(address, 7))
+    assert await bench.buyer(person) == 6_000_000_000
+    async with transaction(bench.engine) as conn:
+        cursor = await load_cursor(conn, Chain.BASE)
+    assert cursor is not None
+    assert cursor.halt is not None
+    alarm = cursor.halt.reason.rpartition(" ")[2]
+    assert alarm == "token-code:0xbad"
+    await service.resume(bench.engine, bench.clock, Chain.BASE, actor="ann", reason="try")
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 6_000_000_000  # resumed without acknowledging: halted again
+    await service.acknowledge_alarm(
+        bench.engine, bench.clock, Chain.BASE, alarm, actor="ann", reason="read the new code"
+    )
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 13_000_000_000
+    await bench.books_hold()
+
+
+async def test_a09_a_mint_is_credited_and_flagged(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = await start(bench)
+    await final(bench, watcher, bench.pays(address, 8, sender="0x" + "0" * 40))
+    assert await bench.buyer(person) == 8_000_000_000
+    assert await bench.cases() == ["minted"]
+
+
+async def test_a17_a_watcher_down_for_days_reads_every_block_once(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    await start(bench)
+    for number in range(700):
+        bench.node.mine(*([bench.pays(address, 5)] if number % 10 == 0 else []))
+    bench.node.finalize()
+    await bench.settle(bench.a_watcher())
+    assert await bench.buyer(person) == 70 * 5_000_000_000
+    async with transaction(bench.engine) as conn:
+        cursor = await load_cursor(conn, Chain.BASE)
+    assert cursor is not None
+    assert cursor.window.final == bench.node.headers[-1]
+    await bench.books_hold()
+
+
+async def test_a20_money_from_a_screened_sender_waits_for_a_person(bench: Bench) -> None:
+    person = await a_known_person(bench)
+    _, address = await bench.a_buyer()
+    watcher = await start(bench)
+    async with transaction(bench.engine) as conn:
+        await screen_sender(conn, STRANGER, actor="ann", reason="listed", now=bench.clock.now())
+    await final(bench, watcher, bench.pays(address, 30))
+    assert await bench.cases() == ["screened_sender"]
+    assert await bench.balance(accounts.unattributed("base")) == 30_000_000_000
+    async with transaction(bench.engine) as conn:
+        (case,) = await open_cases(conn)
+        give = {"actor": "ann", "reason": "cleared", "now": bench.clock.now()}
+        with pytest.raises(NoDecision, match="no person"):
+            await attribute_deposit(conn, Chain.BASE, case.key, uuid.uuid4(), **give)
+        await attribute_deposit(conn, Chain.BASE, case.key, person, **give)
+    assert await bench.buyer(person) == 30_000_000_000
+    async with transaction(bench.engine) as conn:
+        with pytest.raises(NoDecision, match="waits"):
+            await attribute_deposit(conn, Chain.BASE, case.key, person, **give)
+        assert await open_cases(conn) == []
+    await bench.books_hold()
+
+
+async def test_a_decision_to_leave_closes_the_case_and_moves_nothing(bench: Bench) -> None:
+    watcher = await start(bench)
+    await final(bench, watcher, bench.pays(ESCROW, 3))
+    async with transaction(bench.engine) as conn:
+        (case,) = await open_cases(conn)
+        await leave_deposit(
+            conn, Chain.BASE, case.key, actor="ann", reason="nobody asked", now=bench.clock.now()
+        )
+        assert await open_cases(conn) == []
+        with pytest.raises(NoDecision):
+            await leave_deposit(conn, Chain.BASE, "none", actor="a", reason="b", now=bench.clock.now())
+    assert await bench.balance(accounts.unattributed("base")) == 3_000_000_000
+
+
+CAPS = EarlyCredit(account_max=Micro(20_000_000), total_max=Micro(25_000_000))
+
+
+async def test_early_credit_is_lent_within_both_caps_and_repaid_at_finality(bench: Bench) -> None:
+    (ann, at), (bob, there) = await bench.a_buyer(), await bench.a_buyer()
+    watcher = await start(bench, early=CAPS)
+    bench.node.mine(bench.pays(at, 15), bench.pays(at, 6), bench.pays(at, 4), bench.pays(there, 11))
+    await bench.settle(watcher)
+    # 15 is lent; 6 would go over ann's 20; 4 is below the minimum; 11 would go over everybody's 25.
+    assert (await bench.buyer(ann), await bench.buyer(bob)) == (15_000_000_000, 0)
+    assert await bench.balance(accounts.EARLY_CREDIT) == -15_000_000_000
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert (await bench.buyer(ann), await bench.buyer(bob)) == (21_000_000_000, 11_000_000_000)
+    assert await bench.balance(accounts.EARLY_CREDIT) == 0
+    assert await bench.cases() == []
+    await bench.books_hold()
+
+
+async def test_early_credit_is_called_in_when_a_reorg_takes_the_deposit(bench: Bench) -> None:
+    ann, address = await bench.a_buyer()
+    watcher = await start(bench, early=CAPS)
+    lost = bench.pays(address, 15)
+    bench.node.mine(lost)
+    await bench.settle(watcher)
+    assert await bench.buyer(ann) == 15_000_000_000
+    bench.node.drop(1)
+    bench.node.mine()
+    bench.node.mine()
+    await bench.settle(watcher)
+    assert await bench.buyer(ann) == 0
+    assert await bench.balance(accounts.EARLY_CREDIT) == 0
+    assert await bench.cases() == ["early_credit_called_in"]
+    bench.node.mine(lost)  # mined again: credited at finality, never lent twice
+    await bench.settle(watcher)
+    assert await bench.buyer(ann) == 0
+    bench.node.finalize()
+    await bench.settle(watcher)
+    assert await bench.buyer(ann) == 15_000_000_000
+    await bench.books_hold()
+
+
+async def test_nothing_is_lent_by_default(bench: Bench) -> None:
+    ann, address = await bench.a_buyer()
+    watcher = await start(bench)
+    bench.node.mine(bench.pays(address, 15))
+    await bench.settle(watcher)
+    assert await bench.buyer(ann) == 0
+
+
+async def test_every_state_is_explained(bench: Bench) -> None:
+    _, address = await bench.a_buyer()
+
+    async def verdicts(tx: str) -> list[str]:
+        async with transaction(bench.engine) as conn:
+            return [
+                s.verdict
+                for s in await explain_transaction(conn, Chain.BASE, tx, deposit_micro_min=5_000_000)
+            ]
+
+    assert await verdicts("0xnone") == ["unknown"]
+    watcher = await start(bench)
+    assert await verdicts("0xnone") == ["unknown"]
+    lost, kept = bench.pays(address, 9), bench.pays(address, 8)
+    bench.node.mine(lost)
+    await bench.settle(watcher)
+    assert await verdicts(lost.tx) == ["seen"]
+    bench.node.drop(1)
+    bench.node.mine()
+    waits, stray = bench.pays(address, 1), bench.pays(ESCROW, 2)
+    swept = bench.pays(ESCROW, 8, sender=address)
+    await final(bench, watcher, kept, waits, stray, swept)
+    assert await verdicts(lost.tx) == ["orphaned"]
+    assert await verdicts(kept.tx) == ["credited"]
+    assert await verdicts(waits.tx) == ["waiting"]
+    assert await verdicts(stray.tx) == ["unattributed", "case"]
+    assert await verdicts(swept.tx) == ["sweep"]
+    await service.halt(bench.engine, bench.clock, Chain.BASE, actor="ann", reason="drill")
+    assert await verdicts(kept.tx) == ["credited", "halted"]

@@ -1,0 +1,125 @@
+"""What people decide about money that nobody was credited for, and whose money they want to see first.
+
+A decision is a fact with actor and reason (`deposit_decisions`); an attribution moves the money in the same
+transaction, once.  Leaving it is a decision too, and can be changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, and_, delete, insert, select, text, update
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from chain.networks import Chain
+from chain.units import Micro
+from marketplace.deposits.booking import post_entries
+from marketplace.deposits.errors import NoDecision
+from marketplace.deposits.tables import deposit_decisions, deposits, screened_senders, support_cases
+from marketplace.ledger import templates
+from marketplace.ledger.money import from_micro
+
+
+async def attribute_deposit(
+    conn: AsyncConnection,
+    chain: Chain,
+    key: str,
+    person_id: UUID,
+    *,
+    actor: str,
+    reason: str,
+    now: datetime,
+) -> Micro:
+    """Give a final deposit that waits to a person; gives the amount.  NoDecision if it does not wait."""
+    row = (
+        await conn.execute(
+            select(deposits).where(deposits.c.chain == chain.value, deposits.c.key == key).with_for_update()
+        )
+    ).one_or_none()
+    if row is None or row.status != "final" or row.credited_at is not None:
+        raise NoDecision(f"{chain.value} {key}: no final deposit waits under this key")
+    if not await conn.scalar(text("SELECT EXISTS (SELECT FROM people WHERE id = :id)"), {"id": person_id}):
+        raise NoDecision(f"there is no person {person_id}")
+    await _journal(conn, chain, key, "attribute", person_id, actor, reason, now)
+    await conn.execute(
+        update(deposits).where(deposits.c.id == row.id).values(person_id=person_id, credited_at=now)
+    )
+    entry = templates.attribution(
+        chain=chain.value,
+        person=str(person_id),
+        amount=from_micro(row.amount_micro),
+        ref=f"{chain.value}:{key}",
+    )
+    await post_entries(conn, [entry])
+    return Micro(row.amount_micro)
+
+
+async def leave_deposit(
+    conn: AsyncConnection, chain: Chain, key: str, *, actor: str, reason: str, now: datetime
+) -> None:
+    """Decide that a case stays as it is; NoDecision if there is no case under this key."""
+    found = await conn.scalar(
+        select(support_cases.c.id)
+        .where(support_cases.c.chain == chain.value, support_cases.c.key == key)
+        .limit(1)
+    )
+    if found is None:
+        raise NoDecision(f"{chain.value} {key}: no case under this key")
+    await _journal(conn, chain, key, "leave", None, actor, reason, now)
+
+
+async def open_cases(conn: AsyncConnection, *, limit: int = 100) -> Sequence[Row[Any]]:
+    """The newest cases that nobody has decided."""
+    decided = and_(
+        deposit_decisions.c.chain == support_cases.c.chain, deposit_decisions.c.key == support_cases.c.key
+    )
+    statement = (
+        select(support_cases)
+        .where(~select(deposit_decisions.c.id).where(decided).exists())
+        .order_by(support_cases.c.id.desc())
+        .limit(limit)
+    )
+    return (await conn.execute(statement)).all()
+
+
+async def screen_sender(
+    conn: AsyncConnection, address: str, *, actor: str, reason: str, now: datetime
+) -> None:
+    """Set aside what this address sends from now on, until a person decides each time (A20)."""
+    await conn.execute(
+        postgresql.insert(screened_senders)
+        .values(address=address, reason=reason[:1000], added_by=actor, added_at=now)
+        .on_conflict_do_nothing()
+    )
+
+
+async def unscreen_sender(conn: AsyncConnection, address: str) -> None:
+    """Take an address off the list."""
+    await conn.execute(delete(screened_senders).where(screened_senders.c.address == address))
+
+
+async def _journal(
+    conn: AsyncConnection,
+    chain: Chain,
+    key: str,
+    decision: str,
+    person_id: UUID | None,
+    actor: str,
+    reason: str,
+    now: datetime,
+) -> None:
+    await conn.execute(
+        insert(deposit_decisions).values(
+            chain=chain.value,
+            key=key,
+            decision=decision,
+            person_id=person_id,
+            actor=actor,
+            reason=reason[:1000],
+            at=now,
+        )
+    )
