@@ -86,6 +86,7 @@ class StubNode:
     answer: Reply
     price_in: int = PRICE_IN
     price_out: int = PRICE_OUT
+    context: int = 4096
     requests: list[protocol.Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     connection: Any = None
@@ -119,7 +120,7 @@ class StubNode:
         await self.connection.publish(reply, protocol.encode(frame))
 
     async def say_status(self, seq: int) -> None:
-        model = protocol.ModelStatus(MODEL, 4096, self.price_in, self.price_out, capacity=64)
+        model = protocol.ModelStatus(MODEL, self.context, self.price_in, self.price_out, capacity=64)
         status = protocol.Status(1, self.node_id, seq, 0, "test", is_draining=False, models=[model])
         await self.connection.publish(protocol.status_subject(self.node_id), protocol.encode(status))
         await self.connection.flush()
@@ -196,11 +197,11 @@ class RunningGateway:
         return {"Authorization": f"Bearer {self.key}"}
 
     async def add_node(
-        self, answer: Reply, *, price_in: int = PRICE_IN, price_out: int = PRICE_OUT
+        self, answer: Reply, *, price_in: int = PRICE_IN, price_out: int = PRICE_OUT, context: int = 4096
     ) -> StubNode:
         """Enrol a node of the operator, connect it and wait until the gateway would choose it."""
         identity = uuid7()
-        node = StubNode(node_id_of(identity), answer, price_in, price_out)
+        node = StubNode(node_id_of(identity), answer, price_in, price_out, context)
         async with self.owner.begin() as connection:
             await connection.execute(
                 text(
@@ -271,6 +272,12 @@ class RunningGateway:
                 connection,
                 deposit(chain="base", person=str(self.person), amount=Nano(nano), ref=f"base:{uuid7()}"),
             )
+
+    async def set_context(self, tokens: int) -> None:
+        """Let the catalogue's model take so many tokens."""
+        async with transaction(self.owner) as connection:
+            await add_model(connection, name=MODEL, tier=Tier.SMALL, context=tokens, files=tokenizer_files())
+        await self.process.shelf.refresh()
 
     async def leave(self, nano: int) -> None:
         """Take the buyer's balance down to this."""

@@ -188,6 +188,8 @@ class HotRouteProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _in_head = True
     _refusal: Refusal | None = None
+    _is_refused = False
+    """Nothing that still arrives is looked at."""
     _due: float | None = None
     """When what is arriving must have arrived (loop seconds)."""
     _timer: asyncio.TimerHandle | None = None
@@ -199,6 +201,8 @@ class HotRouteProtocol(HttpToolsProtocol):
         self._give_time(HEADER_S_MAX)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         if self._in_head:
             self._head_bytes += len(data)
             if self._due is None:
@@ -289,13 +293,18 @@ class HotRouteProtocol(HttpToolsProtocol):
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer and close; a response that is under way is only cut, since nothing can be put into it."""
-        if not self.transport.is_closing():
-            serving = self._serving
-            if serving is None or serving.response_complete or not serving.response_started:
-                body = json.dumps(refusal.body()).encode()
-                framing = b"content-length: %d\r\n" % len(body)
-                self.transport.write(_head(refusal.status, [], JSON, framing, keep_alive=False) + body)
+        if self.transport.is_closing() or self._is_refused:
+            return
+        self._is_refused = True
+        self._disconnect_all()
+        serving = self._serving
+        if serving is not None and serving.response_started and not serving.response_complete:
             self.transport.close()
+            return
+        body = json.dumps(refusal.body()).encode()
+        framing = b"content-length: %d\r\n" % len(body)
+        self.transport.write(_head(refusal.status, [], JSON, framing, keep_alive=False) + body)
+        self.linger()
 
     # ---- who is being served
 
@@ -307,11 +316,15 @@ class HotRouteProtocol(HttpToolsProtocol):
         self._due = None
         if self._timer is not None:
             self._timer.cancel()
+        self._disconnect_all()
+        super().connection_lost(exc)
+
+    def _disconnect_all(self) -> None:
+        """Tell every request on this connection that nobody waits for it; uvicorn tells only the last."""
         for cycle in (self._serving, *(cycle for cycle, _ in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
-        super().connection_lost(exc)
 
 
 def protocol_for(serve: Serve) -> type[HotRouteProtocol]:
