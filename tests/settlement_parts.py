@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from chain.networks import Chain
 from chain.payouts import Payout
@@ -113,6 +113,21 @@ class Desk:
                 now=self.clock.now() - timedelta(seconds=3600 if cooled else 3599),
             )
         return person
+
+    async def add_address(
+        self, conn: AsyncConnection, person: UUID, address: str
+    ) -> address_book.PayoutAddress:
+        """Add an address now, with an hour to cool."""
+        entry, _ = await address_book.add(
+            conn,
+            person=person,
+            chain=Chain.BASE,
+            text=address,
+            forbidden=(),
+            cooling_s=3600,
+            now=self.clock.now(),
+        )
+        return entry
 
     def address_of(self, person: UUID) -> str:
         return address(person.int % 10**30)

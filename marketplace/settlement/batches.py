@@ -168,6 +168,15 @@ async def final_transactions(conn: AsyncConnection, batch_ids: Collection[UUID])
     return {row.batch_id: row.final_tx for row in await conn.execute(statement)}
 
 
+async def batch_of(conn: AsyncConnection, *, person: UUID, withdrawal_id: UUID) -> UUID | None:
+    """The batch that pays or paid a person's withdrawal; None if there is none."""
+    t = payouts.c
+    found: UUID | None = await conn.scalar(
+        select(t.batch_id).where(t.withdrawal_id == withdrawal_id, t.person_id == person, t.is_live)
+    )
+    return found
+
+
 async def move(conn: AsyncConnection, batch: Batch, fact: Fact, *, now: datetime) -> Payout:
     """Move a batch on by one fact; AnotherWon if it is not any more as `batch` says."""
     after = advance(batch.status, fact)

@@ -36,6 +36,33 @@ def merkle_root(lines: Sequence[PayoutLine]) -> bytes:
     return _tree([hashlib.sha256(_LEAF + encode_line(line)).digest() for line in lines])
 
 
+def merkle_proof(lines: Sequence[PayoutLine], position: int) -> tuple[bytes, ...]:
+    """The hashes that lead from one line to the root, nearest first (RFC 6962, audit path)."""
+    leaves = [hashlib.sha256(_LEAF + encode_line(line)).digest() for line in lines]
+    if not 0 <= position < len(leaves):
+        raise ValueError(f"position {position} of {len(leaves)} lines")
+    return tuple(_path(leaves, position))
+
+
+def is_included(line: PayoutLine, *, position: int, count: int, proof: Sequence[bytes], root: bytes) -> bool:
+    """Tell whether `line` stands at `position` of the `count` lines whose Merkle root is `root`.  Pure."""
+    if not 0 <= position < count:
+        return False
+    index, last = position, count - 1
+    found = hashlib.sha256(_LEAF + encode_line(line)).digest()
+    for sibling in proof:
+        if last == 0:
+            return False
+        if index % 2 or index == last:
+            found = hashlib.sha256(_NODE + sibling + found).digest()
+            while index % 2 == 0 and index:
+                index, last = index // 2, last // 2
+        else:
+            found = hashlib.sha256(_NODE + found + sibling).digest()
+        index, last = index // 2, last // 2
+    return last == 0 and found == root
+
+
 def encode_line(line: PayoutLine) -> bytes:
     """Encode one line: payout id, address, micro-USDC."""
     return _text(line.payout_id) + _text(line.to) + _number(line.amount.n)
@@ -46,6 +73,15 @@ def _tree(leaves: Sequence[bytes]) -> bytes:
         return leaves[0]
     split = 1 << (len(leaves) - 1).bit_length() - 1
     return hashlib.sha256(_NODE + _tree(leaves[:split]) + _tree(leaves[split:])).digest()
+
+
+def _path(leaves: Sequence[bytes], position: int) -> list[bytes]:
+    if len(leaves) == 1:
+        return []
+    split = 1 << (len(leaves) - 1).bit_length() - 1
+    if position < split:
+        return [*_path(leaves[:split], position), _tree(leaves[split:])]
+    return [*_path(leaves[split:], position - split), _tree(leaves[:split])]
 
 
 def _field(raw: bytes) -> bytes:

@@ -42,6 +42,7 @@ from marketplace.settlement.errors import (
     SettlementRefusal,
     WrongState,
 )
+from marketplace.settlement.public_routes import router as public_router
 from marketplace.settlement.sanctions import Sanctioned
 
 router = APIRouter(prefix="/api")
@@ -682,3 +683,6 @@ async def lift_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rai
         await halts.lift(
             conn, rail=rail, actor=_actor(identity), reason=body.reason, now=services.clock.now()
         )
+
+
+router.include_router(public_router)

@@ -173,6 +173,15 @@ class Payouts(RuleBasedStateMachine):
         """The owners execute something else over the fence."""
         self.desk.rail.spend_fence()
 
+    @precondition(lambda self: self.live() is not None and self.live().status is Payout.SIGNED)
+    @rule()
+    def expiry(self) -> None:
+        """Nothing of it was mined, and the fence is gone for good."""
+        self.desk.rail.mempool.clear()
+        self.desk.rail.spend_fence()
+        self.desk.rail.finalize()
+        self.tick(1)
+
     @rule()
     def late_inclusion(self) -> None:
         """A stranger sends, late, an envelope of a batch that is over or not."""

@@ -10,7 +10,7 @@ import pytest
 from chain.networks import Chain
 from chain.ports import PayoutLine
 from chain.units import Micro
-from marketplace.settlement.digest import batch_digest, encode_line, merkle_root
+from marketplace.settlement.digest import batch_digest, encode_line, is_included, merkle_proof, merkle_root
 
 LINES = tuple(PayoutLine(f"p{n}", f"0x{n:040d}", Micro(10_000_000 + n)) for n in range(5))
 
@@ -85,3 +85,22 @@ def test_the_root_is_rfc_6962s(count: int) -> None:
 def test_an_empty_batch_has_no_root() -> None:
     with pytest.raises(ValueError, match="at least one"):
         merkle_root(())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9, 13, 64, 100])
+def test_every_payout_is_proved_included_and_nothing_else_is(count: int) -> None:
+    lines = tuple(PayoutLine(f"p{n}", f"0x{n:040d}", Micro(10_000_000 + n)) for n in range(count))
+    root = merkle_root(lines)
+    for position, line in enumerate(lines):
+        proof = merkle_proof(lines, position)
+        good = {"position": position, "count": count, "proof": proof, "root": root}
+        assert is_included(line, **good)
+        wrong = [
+            (replace(line, amount=Micro(line.amount.n + 1)), good),
+            (replace(line, to="0x" + "9" * 40), good),
+            (line, good | {"root": bytes(32)}),
+            (line, good | {"position": position + 1}),
+            (line, good | {"proof": (*proof, bytes(32))}),
+            (line, good | {"proof": proof[:-1]} if proof else good | {"count": 2}),
+        ]
+        assert not any(is_included(other, **claim) for other, claim in wrong)

@@ -1,0 +1,262 @@
+"""What anybody may see (R35), what an operator sees of his money, and what the treasury sees."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from chain.networks import Chain
+from chain.payouts import Payout
+from marketplace.ledger.money import dollars
+from marketplace.platform.database import transaction
+from marketplace.platform.http import (
+    AccountIdentity,
+    AdminIdentity,
+    Refusal,
+    RefusalOut,
+    ServicesDep,
+)
+from marketplace.settlement import batches, statement, treasury
+from marketplace.settlement.digest import merkle_proof
+
+router = APIRouter()
+"""Included by `routes.router`, under /api."""
+
+PUBLIC_BATCHES = 50
+
+
+class ChainPublic(BaseModel):
+    """One chain: everything needed to look for yourself."""
+
+    chain: Chain
+    chain_id: int | None = Field(description="EVM chain id; null on Solana")
+    usdc: str = Field(description="the USDC contract, or mint")
+    multisig: str = Field(description="who holds the escrow: the Safe, or the SPL multisig")
+    escrow: str = Field(description="where the USDC is: the Safe itself, or the multisig's token account")
+    signers: list[str]
+    threshold: int
+
+
+class BatchPublic(BaseModel):
+    """One settlement batch, without its recipients."""
+
+    id: UUID
+    chain: Chain
+    status: Payout
+    count: int
+    total: str
+    total_micro: int
+    digest: str
+    merkle_root: str
+    fence: str
+    tx: str | None = Field(description="the transaction that paid it, once final")
+
+
+class Transparency(BaseModel):
+    """Where the money is and where it went."""
+
+    chains: list[ChainPublic]
+    batches: list[BatchPublic] = Field(description="newest first")
+
+
+class InclusionProof(BaseModel):
+    """Proof that a payout is in a batch whose root is public (RFC 6962 audit path)."""
+
+    payout_id: UUID
+    batch_id: UUID
+    chain: Chain
+    address: str
+    amount_micro: int
+    position: int
+    count: int
+    proof: list[str] = Field(description="hashes from the leaf's sibling to the root's child, hex")
+    merkle_root: str
+    tx: str | None
+
+
+class StatementLine(BaseModel):
+    """One movement of your earnings."""
+
+    id: UUID
+    kind: str
+    amount: str
+    amount_nano: str
+    model: str | None
+    tokens: int | None
+    withdrawal_id: UUID | None
+    batch_id: UUID | None
+    tx: str | None
+
+
+class Statement(BaseModel):
+    """Your statement and what settled demand says of the days to come."""
+
+    data: list[StatementLine]
+    has_more: bool
+    forecast_days: int
+    forecast_earned_nano: str = Field(description="earned in the last `forecast_days` days")
+    forecast_per_day_nano: str
+
+
+class ChainCoverBody(BaseModel):
+    """One chain's escrow against what is to be paid from it; nano-dollars."""
+
+    chain: Chain
+    escrow_nano: str
+    in_flight_nano: str
+    requested_nano: str
+    left_nano: str
+
+
+class CoverBody(BaseModel):
+    """The treasury."""
+
+    chains: list[ChainCoverBody]
+    matured_nano: str
+    maturing_nano: str
+    broken: list[str]
+    warnings: list[str]
+
+
+@router.get("/transparency", tags=["public"])
+async def get_transparency(services: ServicesDep) -> Transparency:
+    """Chains, USDC contracts, escrow and multisig addresses, and the newest batches.  No credential."""
+    async with transaction(services.engine) as conn:
+        found = await batches.listing(conn, limit=PUBLIC_BATCHES)
+        paid = await batches.final_transactions(conn, [batch.id for batch in found])
+    evm = ((Chain.ETHEREUM, services.chains.ethereum), (Chain.BASE, services.chains.base))
+    named = [
+        ChainPublic(
+            chain=chain,
+            chain_id=config.chain_id,
+            usdc=config.usdc,
+            multisig=config.escrow,
+            escrow=config.escrow,
+            signers=list(config.signers),
+            threshold=config.threshold,
+        )
+        for chain, config in evm
+    ]
+    solana = services.chains.solana
+    named.append(
+        ChainPublic(
+            chain=Chain.SOLANA,
+            chain_id=None,
+            usdc=solana.usdc_mint,
+            multisig=solana.multisig,
+            escrow=solana.escrow,
+            signers=list(solana.signers),
+            threshold=solana.threshold,
+        )
+    )
+    return Transparency(
+        chains=named,
+        batches=[
+            BatchPublic(
+                id=b.id,
+                chain=b.chain,
+                status=b.status,
+                count=b.count,
+                total=str(b.total),
+                total_micro=b.total.n,
+                digest=b.digest.hex(),
+                merkle_root=b.merkle_root.hex(),
+                fence=b.fence,
+                tx=paid.get(b.id),
+            )
+            for b in found
+        ],
+    )
+
+
+@router.get(
+    "/withdrawals/{withdrawal_id}/proof",
+    responses={404: {"model": RefusalOut, "description": "not yours, or not in a batch"}},
+    tags=["operators"],
+)
+async def prove_inclusion(
+    services: ServicesDep, identity: AccountIdentity, withdrawal_id: UUID
+) -> InclusionProof:
+    """Prove that your payout is in its batch; compare the root with the public one."""
+    async with transaction(services.engine) as conn:
+        batch_id = await batches.batch_of(conn, person=identity.person_id, withdrawal_id=withdrawal_id)
+        if batch_id is None:
+            raise Refusal(404, "not_found", "you have no such withdrawal in a batch")
+        batch = await batches.find_batch(conn, batch_id)
+        joined = await batches.members(conn, batch_id)
+        paid = await batches.final_transactions(conn, [batch_id])
+    mine = next(member for member in joined if member.withdrawal_id == withdrawal_id)
+    return InclusionProof(
+        payout_id=mine.payout_id,
+        batch_id=batch_id,
+        chain=batch.chain,
+        address=mine.address,
+        amount_micro=mine.amount.n,
+        position=mine.position,
+        count=batch.count,
+        proof=[step.hex() for step in merkle_proof(batches.lines_of(joined), mine.position)],
+        merkle_root=batch.merkle_root.hex(),
+        tx=paid.get(batch_id),
+    )
+
+
+@router.get("/earnings/statement", tags=["operators"])
+async def get_statement(
+    services: ServicesDep,
+    identity: AccountIdentity,
+    before: Annotated[UUID | None, Query(description="only movements older than this id")] = None,
+    limit: Annotated[int, Query(ge=1, le=statement.LINES_MAX)] = 100,
+) -> Statement:
+    """Every movement of your earnings, newest first: request, batch, transaction."""
+    async with transaction(services.engine) as conn:
+        found = await statement.lines(conn, identity.person_id, before=before, limit=limit)
+        coming = await statement.forecast(conn, identity.person_id, now=services.clock.now())
+    return Statement(
+        data=[
+            StatementLine(
+                id=line.id,
+                kind=line.kind,
+                amount=dollars(line.amount),
+                amount_nano=str(line.amount.n),
+                model=line.model,
+                tokens=line.tokens,
+                withdrawal_id=line.withdrawal_id,
+                batch_id=line.batch_id,
+                tx=line.tx,
+            )
+            for line in found
+        ],
+        has_more=len(found) == limit,
+        forecast_days=coming.days,
+        forecast_earned_nano=str(coming.earned.n),
+        forecast_per_day_nano=str(coming.per_day.n),
+    )
+
+
+@router.get("/treasury", tags=["settlement"])
+async def get_treasury(services: ServicesDep, identity: AdminIdentity) -> CoverBody:
+    """Escrows against payouts due and earnings maturing; what is broken and what will be short."""
+    del identity
+    async with transaction(services.engine) as conn:
+        cover = await treasury.read_cover(
+            conn, now=services.clock.now(), reserve_s=services.settings.reserve_s
+        )
+    return CoverBody(
+        chains=[
+            ChainCoverBody(
+                chain=c.chain,
+                escrow_nano=str(c.escrow.n),
+                in_flight_nano=str(c.in_flight.n),
+                requested_nano=str(c.requested.n),
+                left_nano=str(c.left.n),
+            )
+            for c in cover.chains
+        ],
+        matured_nano=str(cover.matured.n),
+        maturing_nano=str(cover.maturing.n),
+        broken=list(cover.broken()),
+        warnings=list(cover.warnings()),
+    )

@@ -1,0 +1,186 @@
+"""Cover of the escrows, statements, proofs of inclusion, rules by amount, screening."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from chain.networks import Chain
+from chain.payouts import Payout
+from chain.units import Micro
+from marketplace.ledger.money import Nano
+from marketplace.platform.database import transaction
+from marketplace.settlement import batches, notices, payout_rules, people, sanctions, statement, treasury
+from marketplace.settlement.digest import is_included, merkle_proof
+from marketplace.settlement.errors import PlanRefused
+from marketplace.settlement.payout_rules import PayoutRules
+from marketplace.settlement.sanctions import BadList, Sanctioned
+from marketplace.settlement.treasury import ChainCover, Cover
+from marketplace.settlement.withdrawals import Status
+from tests.settlement_parts import Desk, run_out
+
+
+@pytest.fixture
+async def desk(engine: AsyncEngine) -> AsyncIterator[Desk]:
+    desk = Desk(engine)
+    yield desk
+    await desk.check()
+
+
+async def cover(desk: Desk) -> Cover:
+    async with transaction(desk.engine) as conn:
+        return await treasury.read_cover(conn, now=desk.clock.now(), reserve_s=86_400)
+
+
+async def verify(desk: Desk, person: UUID) -> None:
+    async with transaction(desk.engine) as conn:
+        await people.set_kyc(
+            conn, person=person, is_verified=True, reason="passport seen", actor="bo", now=desk.clock.now()
+        )
+
+
+async def rule(desk: Desk, rules: PayoutRules) -> None:
+    async with transaction(desk.engine) as conn:
+        await payout_rules.change(conn, rules, actor="ada", reason="test", now=desk.clock.now())
+
+
+async def test_the_treasury_follows_a_payout(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    before = await cover(desk)
+    base = next(c for c in before.chains if c.chain is Chain.BASE)
+    assert (base.escrow, base.left, before.matured) == (Nano(40 * 10**9), Nano(40 * 10**9), Nano(40 * 10**9))
+    assert (before.broken(), before.warnings()) == ((), ())
+    await desk.request(ann, 40)
+    asked = await cover(desk)
+    assert (asked.uncommitted, asked.matured) == (Nano(0), Nano(0))
+    await desk.approved()
+    await run_out(desk, desk.settler())
+    after = await cover(desk)
+    assert (after.uncommitted, after.broken()) == (Nano(0), ())
+
+
+def test_s3_says_where_usdc_is_missing_before_and_when_it_is() -> None:
+    def chain(name: Chain, escrow: int, in_flight: int, requested: int) -> ChainCover:
+        return ChainCover(name, *(Nano(n * 10**9) for n in (escrow, in_flight, requested)))
+
+    fine = Cover((chain(Chain.BASE, 100, 10, 20),), Nano(50 * 10**9), Nano(20 * 10**9))
+    assert (fine.broken(), fine.warnings()) == ((), ())
+    soon = Cover((chain(Chain.BASE, 100, 10, 20),), Nano(50 * 10**9), Nano(30 * 10**9))
+    assert soon.broken() == ()
+    assert len(soon.warnings()) == 1
+    assert "10" in soon.warnings()[0]
+    here = Cover((chain(Chain.BASE, 10, 0, 30), chain(Chain.SOLANA, 90, 0, 0)), Nano(0), Nano(0))
+    assert here.broken() == ()
+    assert "base" in here.warnings()[0]
+    assert len(Cover((chain(Chain.BASE, 9, 10, 0),), Nano(0), Nano(0)).broken()) == 2
+    assert len(Cover((chain(Chain.BASE, 9, 0, 0),), Nano(10**10), Nano(0)).broken()) == 1
+
+
+async def test_a_statement_leads_from_batch_to_transaction(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    made = await desk.request(ann, 15)
+    batch_id = await desk.approved()
+    await run_out(desk, desk.settler())
+    async with transaction(desk.engine) as conn:
+        lines = await statement.lines(conn, ann)
+        rest = await statement.lines(conn, ann, before=lines[0].id)
+        tx = (await batches.final_transactions(conn, [batch_id]))[batch_id]
+        coming = await statement.forecast(conn, ann, now=desk.clock.now())
+    assert [line.amount.n for line in lines] == [-15 * 10**9, 40 * 10**9]
+    assert (lines[0].withdrawal_id, lines[0].batch_id, lines[0].tx) == (made.id, batch_id, tx)
+    assert rest == lines[1:]
+    assert coming.earned == Nano(0)  # what was earned here was a correction, not demand
+
+
+async def test_an_operator_proves_his_payout_in_the_public_root(desk: Desk) -> None:
+    made = [await desk.request(await desk.operator(20 + n), None) for n in range(5)]
+    batch_id = await desk.approved()
+    batch = await desk.batch(batch_id)
+    async with transaction(desk.engine) as conn:
+        lines = batches.lines_of(await batches.members(conn, batch_id))
+        assert await batches.batch_of(conn, person=made[3].person_id, withdrawal_id=made[3].id) == batch_id
+        assert await batches.batch_of(conn, person=made[2].person_id, withdrawal_id=made[3].id) is None
+    for position, line in enumerate(lines):
+        proof = merkle_proof(lines, position)
+        assert is_included(line, position=position, count=5, proof=proof, root=batch.merkle_root)
+
+
+async def test_a_large_batch_needs_a_third_signer(desk: Desk) -> None:
+    await rule(desk, PayoutRules(Micro(39_999_999), 3, Micro(10**12)))
+    ann = await desk.operator(40)
+    await desk.request(ann, 40)
+    planned = await desk.plan()
+    assert await desk.approve(planned.batch_id, 0) is Payout.PLANNED
+    assert await desk.approve(planned.batch_id, 1) is Payout.PLANNED
+    assert await desk.approve(planned.batch_id, 1) is Payout.PLANNED  # the same person again
+    assert await desk.approve(planned.batch_id, 2) is Payout.APPROVED
+    await run_out(desk, desk.settler())
+    assert (await desk.batch(planned.batch_id)).status is Payout.FINAL
+
+
+async def test_a_batch_at_the_limit_needs_two(desk: Desk) -> None:
+    await rule(desk, PayoutRules(Micro(40_000_000), 3, Micro(10**12)))
+    await desk.request(await desk.operator(40), 40)
+    await desk.approved()
+
+
+async def test_a_day_has_a_maximum(desk: Desk) -> None:
+    await rule(desk, PayoutRules(Micro(10**12), 3, Micro(50_000_000)))
+    ann, ben = await desk.operator(40), await desk.operator(40)
+    await desk.request(ann, 40)
+    await desk.request(ben, 40)
+    assert (await desk.plan()).count == 1
+    async with transaction(desk.engine) as conn:
+        live = await batches.live_batch(conn, Chain.BASE)
+    assert live is not None
+    await desk.approve(live.id, 0)
+    await desk.approve(live.id, 1)
+    await run_out(desk, desk.settler())
+    with pytest.raises(PlanRefused) as refused:
+        await desk.plan()
+    assert refused.value.code == "daily_max"
+    desk.clock.pass_s(86_400)
+    assert (await desk.plan()).count == 1
+
+
+async def test_a_sanctioned_address_is_neither_added_nor_paid(desk: Desk, tmp_path: Path) -> None:
+    ann, ben = await desk.operator(40), await desk.operator(30)
+    made = await desk.request(ann, 40)
+    await desk.request(ben, 30)
+    file = tmp_path / "list.txt"
+    file.write_text(f"# from the treasury\n{desk.address_of(ann).replace('0x', '0X')}  # ann\n\n")
+    async with transaction(desk.engine) as conn:
+        await sanctions.refresh(conn, sanctions.read_list(file), source="test", now=desk.clock.now())
+    planned = await desk.plan()
+    assert (planned.count, [w for w, _ in planned.split_off]) == (1, [made.id])
+    refused = await desk.status(ann, made)
+    assert refused.status is Status.FAILED
+    assert "sanctions" in (refused.refusal or "")
+    assert await desk.available(ann) == 40 * 10**9
+    file.write_text(desk.address_of(UUID(int=5)))
+    async with transaction(desk.engine) as conn:
+        await sanctions.refresh(conn, sanctions.read_list(file), source="test", now=desk.clock.now())
+        assert await sanctions.listed(conn, [desk.address_of(ann)]) == frozenset()
+        with pytest.raises(Sanctioned):
+            await desk.add_address(conn, ann, desk.address_of(UUID(int=5)))
+
+
+@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"0x12 0x13\n", b"\xff\xfe", b"a" * 101])
+def test_what_is_no_list_of_addresses_is_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "list.txt"
+    file.write_bytes(content)
+    with pytest.raises(BadList):
+        sanctions.read_list(file)
+
+
+async def test_notices_wait_until_delivered(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    async with transaction(desk.engine) as conn:
+        (notice,) = await notices.waiting(conn)
+        assert (notice.person_id, notice.kind) == (ann, "payout_address_added")
+        await notices.delivered(conn, notice.id, now=desk.clock.now())
+        assert await notices.waiting(conn) == []
