@@ -23,6 +23,7 @@ from rich.table import Table
 from chain.errors import ChainError
 from chain.networks import Chain
 from chain.units import parse_usdc
+from marketplace.cli_deposits import deposits_app
 from marketplace.platform.errors import PlatformError, SetupFault
 from marketplace.platform.logging import configure_logging
 from marketplace.platform.settings import Settings, load_settings
@@ -37,6 +38,7 @@ models_app = typer.Typer(help="The catalogue of models.", no_args_is_help=True)
 ledger_app = typer.Typer(help="Look into the book.", no_args_is_help=True)
 keystore_app = typer.Typer(help="A signer's keys.", no_args_is_help=True)
 for name, group in (
+    ("deposits", deposits_app),
     ("batch", batch_app), ("models", models_app), ("ledger", ledger_app), ("keystore", keystore_app),
 ):  # fmt: skip
     app.add_typer(group, name=name)
@@ -101,13 +103,21 @@ def watch(
     start: Annotated[
         int | None, typer.Option("--from", help="Height to start at, at a chain's very first start.")
     ] = None,
+    early_account: Annotated[
+        str | None, typer.Option(help="Lend a buyer so many USDC against deposits not yet final.")
+    ] = None,
+    early_total: Annotated[str, typer.Option(help="And everybody together, at most so many.")] = "0",
 ) -> None:
     """Run chain watchers: credit what is final."""
+    from marketplace.deposits.early import EarlyCredit
     from marketplace.processes import run_watchers
 
     configure_logging("watch")
     with _plain_errors():
-        asyncio.run(run_watchers(load_settings(), chains or tuple(Chain), start_height=start))
+        early = None
+        if early_account is not None:
+            early = EarlyCredit(parse_usdc(early_account), parse_usdc(early_total))
+        asyncio.run(run_watchers(load_settings(), chains or tuple(Chain), start_height=start, early=early))
 
 
 @app.command()

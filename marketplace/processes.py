@@ -20,6 +20,7 @@ from chain.evm.sweeps import Sweeper
 from chain.networks import EVM_NETWORKS, Chain
 from chain.solana.rpc import SolanaRpc
 from marketplace.deposits import addresses, pool, service
+from marketplace.deposits.early import EarlyCredit
 from marketplace.deposits.solana_sweeps import solana_sweeper
 from marketplace.deposits.sweeper import EvmSweeper, SweepPolicy
 from marketplace.ledger.partitions import ensure_partitions
@@ -58,7 +59,11 @@ async def _book(settings: Settings) -> AsyncIterator[AsyncEngine]:
 
 
 async def run_watchers(
-    settings: Settings, which: Sequence[Chain], *, start_height: int | None = None
+    settings: Settings,
+    which: Sequence[Chain],
+    *,
+    start_height: int | None = None,
+    early: EarlyCredit | None = None,
 ) -> None:
     """Watch chains until SIGTERM: credit what is final."""
     stop = stop_on_signals()
@@ -71,6 +76,7 @@ async def run_watchers(
             stop,
             deposit_micro_min=settings.deposit_micro_min,
             start_height=start_height,
+            early=early,
         )
 
 

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Row, select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from chain.networks import EVM_NETWORKS, SOLANA, Chain
+from chain.networks import EVM_NETWORKS, SOLANA, Chain, EvmNetwork
 from chain.units import MICRO_MAX, Micro, parse_usdc
 from marketplace.deposits.addresses import create_intent, evm_address, shared_forwarders, solana_address
-from marketplace.deposits.errors import TooManyIntents
+from marketplace.deposits.decisions import attribute_deposit, leave_deposit, open_cases
+from marketplace.deposits.errors import NoDecision, TooManyIntents
 from marketplace.deposits.tables import chain_cursors, deposits
 from marketplace.ledger.money import NANO_PER_MICRO
+from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
-from marketplace.platform.http import AccountIdentity, Refusal, ServicesDep
+from marketplace.platform.http import AccountIdentity, AdminIdentity, Refusal, ServicesDep
 
 PAGE_MAX: Final = 200
+STREAMED: Final = 20
+STREAMS_MAX: Final = 200
+"""Of one process: each asks the database every STREAM_POLL_S seconds."""
+STREAM_POLL_S: Final = 1.0
+STREAM_BEAT_S: Final = 15.0
+STREAM_S_MAX: Final = 600.0
+_open_streams: Final = [0]
 
 router: Final = APIRouter(prefix="/api", tags=["deposits"])
 
@@ -49,6 +61,7 @@ class DepositAddress(BaseModel):
     minimum: str = Field(description="decimal USDC; smaller deposits wait until their sum reaches it")
     minimum_micro: int
     expected_finality_s: int = Field(description="how long a deposit usually takes to become final")
+    link: str | None = Field(description="for a wallet: EIP-681 (EVM) or Solana Pay; null with the address")
 
 
 class DepositAddresses(BaseModel):
@@ -122,7 +135,9 @@ async def deposit_addresses(identity: AccountIdentity, services: ServicesDep) ->
         solana = await solana_address(conn, identity.person_id, now=now)
     minimum = Micro(settings.deposit_micro_min)
 
-    def entry(chain: Chain, address: str | None, token: str, finality_s: int) -> DepositAddress:
+    def entry(
+        chain: Chain, address: str | None, token: str, finality_s: int, link: str | None
+    ) -> DepositAddress:
         return DepositAddress(
             chain=chain,
             address=address,
@@ -130,10 +145,14 @@ async def deposit_addresses(identity: AccountIdentity, services: ServicesDep) ->
             minimum=str(minimum),
             minimum_micro=minimum.n,
             expected_finality_s=finality_s,
+            link=link,
         )
 
-    entries = [entry(n.chain, evm, n.usdc, n.expected_finality_s) for n in EVM_NETWORKS.values()]
-    entries.append(entry(Chain.SOLANA, solana, SOLANA.usdc_mint, SOLANA.expected_finality_s))
+    entries = [
+        entry(n.chain, evm, n.usdc, n.expected_finality_s, eip681_link(n, evm)) for n in EVM_NETWORKS.values()
+    ]
+    pay = f"solana:{solana}?spl-token={SOLANA.usdc_mint}" if solana else None
+    entries.append(entry(Chain.SOLANA, solana, SOLANA.usdc_mint, SOLANA.expected_finality_s, pay))
     return DepositAddresses(data=entries)
 
 
@@ -178,7 +197,64 @@ async def list_deposits(
     async with transaction(services.engine) as conn:
         heads = await _heads(conn)
         rows = (await conn.execute(statement)).all()
-    items = [
+    items = _items(rows[:limit], heads)
+    return Deposits(data=items, next_before=items[-1].id if len(rows) > limit else None)
+
+
+@router.get(
+    "/deposits/stream",
+    responses=_ERRORS | {200: {"content": {"text/event-stream": {}}}, 503: {"model": ErrorBody}},
+    response_class=StreamingResponse,
+)
+async def stream_deposits(identity: AccountIdentity, services: ServicesDep) -> StreamingResponse:
+    """Tell changes of the caller's newest deposits as they happen: `event: deposit`, data as in the list.
+
+    The newest are told at once; ends after STREAM_S_MAX seconds (connect again).
+    """
+    if _open_streams[0] >= STREAMS_MAX:
+        raise Refusal(
+            503, "too_many_streams", "too many status streams are open; poll instead", retry_after_s=30
+        )
+    return StreamingResponse(
+        _changes(services.engine, services.clock, identity.person_id), media_type="text/event-stream"
+    )
+
+
+async def _changes(engine: AsyncEngine, clock: Clock, person_id: UUID) -> AsyncIterator[str]:
+    statement = (
+        select(deposits)
+        .where(deposits.c.person_id == person_id)
+        .order_by(deposits.c.id.desc())
+        .limit(STREAMED)
+    )
+    told: dict[UUID, DepositItem] = {}
+    _open_streams[0] += 1
+    try:
+        ends, quiet = clock.monotonic() + STREAM_S_MAX, 0.0
+        while clock.monotonic() < ends:
+            async with transaction(engine) as conn:
+                heads = await _heads(conn)
+                rows = (await conn.execute(statement)).all()
+            fresh = [item for item in reversed(_items(rows, heads)) if told.get(item.id) != item]
+            for item in fresh:
+                told[item.id] = item
+                yield f"event: deposit\ndata: {item.model_dump_json()}\n\n"
+            quiet = 0.0 if fresh else quiet + STREAM_POLL_S
+            if quiet >= STREAM_BEAT_S:
+                quiet = 0.0
+                yield ": still here\n\n"
+            await asyncio.sleep(STREAM_POLL_S)
+    finally:
+        _open_streams[0] -= 1
+
+
+def eip681_link(network: EvmNetwork, address: str) -> str:
+    """Write a wallet link that transfers USDC (EIP-681); the payer chooses the amount."""
+    return f"ethereum:{network.usdc}@{network.chain_id}/transfer?address={address}"
+
+
+def _items(rows: Sequence[Row[Any]], heads: dict[str, int]) -> list[DepositItem]:
+    return [
         DepositItem(
             id=row.id,
             chain=Chain(row.chain),
@@ -193,9 +269,8 @@ async def list_deposits(
             final_at=row.final_at,
             credited_at=row.credited_at,
         )
-        for row in rows[:limit]
+        for row in rows
     ]
-    return Deposits(data=items, next_before=items[-1].id if len(rows) > limit else None)
 
 
 def _confirmations(status: str, height: int, head: int) -> int:
@@ -217,3 +292,69 @@ def _parse_amount(text: str | None) -> Micro | None:
     if not 0 < amount.n <= MICRO_MAX // NANO_PER_MICRO:
         raise Refusal(400, "invalid_amount", "amount: must be above zero", param="amount")
     return amount
+
+
+# ── for administrators ────────────────────────────────────────────────────────────────────────────────
+
+
+class SupportCase(BaseModel):
+    """Something a person should look at."""
+
+    kind: str
+    chain: Chain
+    key: str
+    detail: str
+    created_at: datetime
+
+
+class SupportCases(BaseModel):
+    """Undecided ones, newest first."""
+
+    data: list[SupportCase]
+
+
+class Decision(BaseModel):
+    """What is decided about a deposit that nobody was credited for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    chain: Chain
+    key: Annotated[str, Field(min_length=1, max_length=200)]
+    person_id: UUID | None = Field(default=None, description="who gets it; null leaves it where it is")
+    reason: Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+@router.get("/admin/deposit-cases", responses=_ERRORS)
+async def list_cases(identity: AdminIdentity, services: ServicesDep) -> SupportCases:
+    """List what waits for a person's decision."""
+    del identity
+    async with transaction(services.engine) as conn:
+        rows = await open_cases(conn)
+    return SupportCases(
+        data=[
+            SupportCase(
+                kind=row.kind,
+                chain=Chain(row.chain),
+                key=row.key,
+                detail=row.detail,
+                created_at=row.created_at,
+            )
+            for row in rows
+        ]
+    )
+
+
+@router.post("/admin/deposit-decisions", status_code=204, responses=_ERRORS | {409: {"model": ErrorBody}})
+async def decide(body: Decision, identity: AdminIdentity, services: ServicesDep) -> None:
+    """Give a deposit to a person, or leave it; a fact with actor and reason."""
+    actor, now = str(identity.person_id), services.clock.now()
+    try:
+        async with transaction(services.engine) as conn:
+            if body.person_id is None:
+                await leave_deposit(conn, body.chain, body.key, actor=actor, reason=body.reason, now=now)
+            else:
+                await attribute_deposit(
+                    conn, body.chain, body.key, body.person_id, actor=actor, reason=body.reason, now=now
+                )
+    except NoDecision as e:
+        raise Refusal(409, "no_decision", str(e)) from e

@@ -1,0 +1,265 @@
+"""`tollway deposits`: what came in, what a person decides about it, and Solana's sweeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from chain.networks import Chain
+from marketplace.deposits import decisions, service, solana_sweeps
+from marketplace.deposits.errors import DepositError
+from marketplace.deposits.explain import explain_transaction
+from marketplace.platform.clock import Clock
+from marketplace.platform.database import transaction
+from marketplace.platform.settings import ChainsConfig, load_chains
+
+deposits_app = typer.Typer(help="Deposits: explain, decide, halt, sweep Solana.", no_args_is_help=True)
+sweep_app = typer.Typer(help="Solana sweeps: show, export, sign, approve, cancel.", no_args_is_help=True)
+deposits_app.add_typer(sweep_app, name="sweep")
+
+out: Final = Console()
+err: Final = Console(stderr=True)
+DataDir = Annotated[Path, typer.Option("--data-dir", help="The stack's data folder.")]
+ChainOption = Annotated[Chain, typer.Option("--chain", help="ethereum, base or solana.")]
+Actor = Annotated[str, typer.Option("--as", help="Who decides; kept for ever.")]
+Reason = Annotated[str, typer.Option(help="Why; kept for ever.")]
+Key = Annotated[str, typer.Argument(help="The deposit's key, as `explain` and `cases` print it.")]
+DEFAULT_STACK: Final = Path("var/stack")
+
+
+def _book(data_dir: Path, work: Any) -> Any:
+    from marketplace.cli import _with_book
+
+    try:
+        return _with_book(data_dir, work)
+    except DepositError as e:
+        err.print(f"[red]tollway:[/] {escape(str(e))}")
+        raise typer.Exit(1) from e
+
+
+@deposits_app.command("explain")
+def explain(
+    tx: Annotated[str, typer.Argument(help="Transaction hash or signature.")],
+    chain: ChainOption,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Say what the system thinks of a transaction, and why."""
+    from marketplace.cli import _settings_or_exit
+
+    minimum = _settings_or_exit(data_dir).deposit_micro_min
+
+    async def work(engine: AsyncEngine, *_: object) -> Any:
+        async with transaction(engine) as conn:
+            return await explain_transaction(conn, chain, tx, deposit_micro_min=minimum)
+
+    for said in _book(data_dir, work):
+        out.print(f"[bold]{said.verdict}[/]  {escape(said.why)}  [dim]{escape(said.key)}[/]")
+
+
+@deposits_app.command("cases")
+def cases(data_dir: DataDir = DEFAULT_STACK) -> None:
+    """List what waits for a person's decision, newest first."""
+
+    async def work(engine: AsyncEngine, *_: object) -> Any:
+        async with transaction(engine) as conn:
+            return await decisions.open_cases(conn)
+
+    table = Table("at", "kind", "chain", "key", "detail")
+    for row in _book(data_dir, work):
+        table.add_row(
+            row.created_at.isoformat(timespec="seconds"), row.kind, row.chain, row.key, escape(row.detail)
+        )
+    out.print(table)
+
+
+@deposits_app.command("attribute")
+def attribute(
+    key: Key,
+    chain: ChainOption,
+    person: Annotated[UUID, typer.Option(help="Whose it is: a person's id.")],
+    actor: Actor,
+    reason: Reason,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Give a deposit that waits to a person."""
+
+    async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> Any:
+        async with transaction(engine) as conn:
+            return await decisions.attribute_deposit(
+                conn, chain, key, person, actor=actor, reason=reason, now=clock.now()
+            )
+
+    out.print(f"{_book(data_dir, work)} USDC credited to {person}.")
+
+
+@deposits_app.command("leave")
+def leave(
+    key: Key, chain: ChainOption, actor: Actor, reason: Reason, data_dir: DataDir = DEFAULT_STACK
+) -> None:
+    """Decide that a case stays as it is."""
+
+    async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> None:
+        async with transaction(engine) as conn:
+            await decisions.leave_deposit(conn, chain, key, actor=actor, reason=reason, now=clock.now())
+
+    _book(data_dir, work)
+
+
+@deposits_app.command("screen")
+def screen(
+    address: Annotated[str, typer.Argument(help="A sender: EVM address or Solana wallet.")],
+    actor: Actor,
+    reason: Reason,
+    lift: Annotated[bool, typer.Option("--lift", help="Take it off the list.")] = False,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Set aside what this sender sends, until a person decides."""
+
+    async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> None:
+        async with transaction(engine) as conn:
+            if lift:
+                await decisions.unscreen_sender(conn, address)
+            else:
+                await decisions.screen_sender(conn, address, actor=actor, reason=reason, now=clock.now())
+
+    _book(data_dir, work)
+
+
+@deposits_app.command("halt")
+def halt(chain: ChainOption, actor: Actor, reason: Reason, data_dir: DataDir = DEFAULT_STACK) -> None:
+    """Stop a chain's credits."""
+    _book(data_dir, lambda engine, _, clock: service.halt(engine, clock, chain, actor=actor, reason=reason))
+
+
+@deposits_app.command("resume")
+def resume(
+    chain: ChainOption,
+    actor: Actor,
+    reason: Reason,
+    alarm: Annotated[
+        str | None, typer.Option("--acknowledge", help="The alarm that the halt's reason names.")
+    ] = None,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Let a halted chain go on."""
+
+    async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> None:
+        if alarm is None:
+            await service.resume(engine, clock, chain, actor=actor, reason=reason)
+        else:
+            await service.acknowledge_alarm(engine, clock, chain, alarm, actor=actor, reason=reason)
+
+    _book(data_dir, work)
+
+
+# ---- Solana's sweeps
+
+
+@sweep_app.command("show")
+def sweep_show(data_dir: DataDir = DEFAULT_STACK) -> None:
+    """List the newest sweeps; the settler prepares them when they are worth it."""
+
+    async def work(engine: AsyncEngine, *_: object) -> Any:
+        async with transaction(engine) as conn:
+            return await solana_sweeps.newest(conn)
+
+    table = Table("sweep", "status", "accounts", "micro-USDC", "approvals", "transaction", "note")
+    for row in _book(data_dir, work):
+        cells = (
+            row.id,
+            row.status,
+            len(row.lines),
+            row.amount_micro,
+            row.approvals,
+            row.tx or "",
+            row.note or "",
+        )
+        table.add_row(*map(str, cells))
+    out.print(table)
+
+
+@sweep_app.command("export")
+def sweep_export(
+    file: Annotated[Path, typer.Option("--out", help="Where to write what signers sign.")],
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Write the waiting sweep for its signers."""
+    import msgspec
+
+    async def work(engine: AsyncEngine, *_: object) -> Any:
+        async with transaction(engine) as conn:
+            return await solana_sweeps.export_sweep(conn)
+
+    export = _book(data_dir, work)
+    file.write_bytes(msgspec.json.encode(export))
+    out.print(f"{file}: {len(export.lines)} accounts")
+
+
+@sweep_app.command("sign")
+def sweep_sign(
+    export: Annotated[Path, typer.Argument(help="The file written by `export`.")],
+    keystore: Annotated[Path, typer.Option(help="Your encrypted Solana key.")],
+    chains_file: Annotated[Path, typer.Option(help="Your own copy of the chains file: what you pin.")],
+    approval: Annotated[Path, typer.Option("--out", help="Where to write the approval.")],
+) -> None:
+    """Sign a sweep on your own machine, offline; it can pay nobody but the escrow you pin."""
+    import msgspec
+
+    from marketplace.cli import _plain_errors
+    from marketplace.settlement.commands import read_passphrase
+
+    with _plain_errors():
+        try:
+            document = solana_sweeps.sign_sweep(
+                solana_sweeps.decode_export(export.read_bytes()),
+                load_chains(chains_file).solana,
+                keystore,
+                read_passphrase(keystore),
+            )
+        except DepositError as e:
+            err.print(f"[red]tollway:[/] {escape(str(e))}")
+            raise typer.Exit(1) from e
+    approval.write_bytes(msgspec.json.encode(document))
+    out.print(str(approval))
+
+
+@sweep_app.command("approve")
+def sweep_approve(
+    approval: Annotated[Path, typer.Argument(help="What `sign` wrote.")],
+    actor: Annotated[str, typer.Option("--as", help="Who brings it.")],
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Store a signer's approval; at the threshold the settler sends the sweep."""
+    raw = approval.read_bytes()
+
+    async def work(engine: AsyncEngine, chains: ChainsConfig, clock: Clock) -> int:
+        document = solana_sweeps.decode_approval(raw)
+        async with transaction(engine) as conn:
+            return await solana_sweeps.store_approval(
+                conn, chains.solana, document, brought_by=actor, clock=clock
+            )
+
+    out.print(f"{_book(data_dir, work)} approvals")
+
+
+@sweep_app.command("cancel")
+def sweep_cancel(
+    sweep: Annotated[UUID, typer.Argument(help="A sweep that waits for signers.")],
+    actor: Actor,
+    reason: Reason,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Give up a sweep nobody has sent."""
+
+    async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> None:
+        async with transaction(engine) as conn:
+            await solana_sweeps.cancel_sweep(conn, sweep, actor=actor, reason=reason, clock=clock)
+
+    _book(data_dir, work)
