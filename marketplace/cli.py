@@ -223,6 +223,7 @@ def faucet(
 @app.command()
 def prove(data_dir: DataDir = DEFAULT_STACK, as_json: Json = False) -> None:
     """Check every ledger invariant, and escrow against the chains; exit code 1 if one is broken."""
+    from marketplace.ledger.chains import Progress
     from marketplace.proof import Proof, prove_all
 
     def show(proof: Proof) -> None:
@@ -230,7 +231,12 @@ def prove(data_dir: DataDir = DEFAULT_STACK, as_json: Json = False) -> None:
             mark = "[green]holds[/]" if proof.ok else "[bold red]BROKEN[/]"
             out.print(f"{mark}  {escape(proof.name)}  [dim]{escape(proof.detail)}[/]")
 
-    proofs = _run(prove_all(_settings_or_exit(data_dir), show))
+    with err.status("reading the book") as status:
+
+        def progress(seen: Progress) -> None:
+            status.update(f"lane {seen.lane}: {seen.done:,} of {seen.total:,} charges re-hashed")
+
+        proofs = _run(prove_all(_settings_or_exit(data_dir), show, progress))
     if as_json:
         print(json.dumps([{"name": p.name, "ok": p.ok, "detail": p.detail} for p in proofs]))
     if not all(proof.ok for proof in proofs):

@@ -12,6 +12,7 @@ from chain.errors import ChainError
 from marketplace.deposits import service as deposits
 from marketplace.deposits.reconcile import Reconciled
 from marketplace.ledger.accounts import Account, Kind, read_balance, total_by_kind
+from marketplace.ledger.chains import Tell
 from marketplace.ledger.money import dollars
 from marketplace.ledger.reconcile import prove as prove_ledger
 from marketplace.platform import database
@@ -28,8 +29,13 @@ class Proof:
     detail: str
 
 
-async def prove_all(settings: Settings, show: Callable[[Proof], None]) -> list[Proof]:
-    """Check every ledger invariant (L, S2, V3) and S1 on each chain; `show` gets verdicts as they fall."""
+async def prove_all(
+    settings: Settings, show: Callable[[Proof], None], progress: Tell | None = None
+) -> list[Proof]:
+    """Check every ledger invariant (L, S2, V3, V4) and S1 on each chain.
+
+    `show` gets verdicts as they fall, `progress` how far the re-hashing of charges is.
+    """
     engine = database.connect(settings.database_url.get_secret_value(), pool_size=5)
     proofs: list[Proof] = []
 
@@ -39,7 +45,7 @@ async def prove_all(settings: Settings, show: Callable[[Proof], None]) -> list[P
 
     try:
         async with engine.connect() as connection:
-            async for check in prove_ledger(connection):
+            async for check in prove_ledger(connection, tell=progress):
                 tell(Proof(check.name, check.ok, check.detail))
         try:
             for result in await reconciled(engine, settings):

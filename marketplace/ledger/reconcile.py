@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.ledger.accounts import ASSETS, FLOORED, PERMITTED
 from marketplace.ledger.chains import Tell, broken_chains
-from marketplace.ledger.money import NANO_PER_MICRO, Nano
+from marketplace.ledger.money import NANO_PER_MICRO
 from marketplace.ledger.overdrafts import PLATFORM_CAP
 from marketplace.ledger.rollups import day_bounds
 from marketplace.ledger.templates import ON_CHAIN
@@ -212,7 +212,8 @@ async def _in_flight_stays_owed(conn: AsyncConnection) -> Check:
     have = -sum(total for kind, total in totals.items() if kind in ASSETS)
     owe = sum(total for kind, total in totals.items() if kind in FLOORED)
     own = sum(total for kind, total in totals.items() if kind not in ASSETS and kind not in FLOORED)
-    detail = f"{Nano(have)} held = {Nano(owe)} owed + {Nano(own)} platform"
+    # Sums over accounts may leave 64 bits: plain ints.
+    detail = f"{have:,} nano held = {owe:,} owed + {own:,} platform"
     return Check("S2 in-flight stays owed", have == owe + own, detail)
 
 

@@ -1,8 +1,8 @@
 """Daily sums of usage: by day (UTC), buyer, operator and model.
 
 A background task calls `roll_up` every minute or so.  It adds the batches posted since, lane by lane, each
-exactly once; a mark per lane says how far it is.  `usage.totals` adds what came after the marks, so that
-its sums are exact at any moment.  `prove` compares them with the charges (L5 daily sums).
+exactly once; a mark per lane says how far it is.  `usage.daily` reads them, `prove` compares them with the
+charges (L5 daily sums).
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.ledger.charges import Charge, charge_of
@@ -81,6 +81,47 @@ async def find(conn: AsyncConnection, charge_id: UUID) -> Charge | None:
     statement = select(charges).where(charges.c.id == charge_id)
     row = (await conn.execute(statement)).mappings().one_or_none()
     return None if row is None else charge_of(row)
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """One UTC day's sums for one operator and model (operator 0: the request reached none)."""
+
+    day: date
+    operator: int
+    model: str
+    failed: int
+    totals: Totals
+
+
+_DAILY: Final = text(
+    """
+    SELECT day, operator, model, requests, failed, tok_in, tok_out, amount, fee FROM usage_daily
+    WHERE (buyer = :buyer OR CAST(:buyer AS BIGINT) IS NULL)
+      AND (operator = :operator OR CAST(:operator AS BIGINT) IS NULL)
+      AND day >= :first AND day <= :last ORDER BY day, operator, model""",
+)
+
+
+async def daily(
+    conn: AsyncConnection, *, buyer: int | None = None, operator: int | None = None, first: date, last: date
+) -> Sequence[Day]:
+    """A buyer's or an operator's days from `first` to `last`, as of the latest roll-up."""
+    if (buyer is None) == (operator is None):
+        raise ValueError("ask for a buyer's days or an operator's")
+    values = {"buyer": buyer, "operator": operator, "first": first, "last": last}
+    return [
+        Day(
+            row.day,
+            row.operator,
+            row.model,
+            row.failed,
+            Totals(
+                row.requests, int(row.tok_in), int(row.tok_out), Nano(int(row.amount)), Nano(int(row.fee))
+            ),
+        )
+        for row in await conn.execute(_DAILY, values)
+    ]
 
 
 async def totals(conn: AsyncConnection, selection: Selection) -> Totals:

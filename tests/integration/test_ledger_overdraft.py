@@ -100,8 +100,8 @@ async def test_an_overdraft_is_not_spendable_in_any_other_way(engine):
     async with engine.begin() as conn:
         with pytest.raises(InsufficientFunds):
             await hold(conn, accounts.buyer("ann"), Nano(CENT + 1), reason="r")
+        refund = templates.card_refund(person="ann", amount=Nano(CENT + 1), ref="re")
         with pytest.raises(InsufficientFunds):
-            refund = templates.card_refund(person="ann", amount=Nano(CENT + 1), ref="re")
             await post_transfer(conn, refund)
 
 
@@ -217,8 +217,8 @@ async def test_balances_stop_at_the_edges_of_64_bits(engine):
     buyer, operator = await a_buyer(engine, NANO_MAX), await an_operator(engine)
     async with engine.begin() as conn:
         for more in (1, NANO_MAX):
+            gift = templates.coupon(person="ann", amount=Nano(more), ref=f"more-{more}")
             with pytest.raises(AmountTooLarge):
-                gift = templates.coupon(person="ann", amount=Nano(more), ref=f"more-{more}")
                 await post_transfer(conn, gift)
     async with a_keeper(engine) as keeper, Poster(engine, settle=keeper.settle) as poster:
         taken = await keeper.authorise(buyer, Nano(NANO_MAX))
