@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Final
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from chain.errors import ChainError
 from chain.evm.reader import EvmReader
 from chain.evm.rpc import JsonRpc
 from chain.networks import EVM_NETWORKS, SOLANA, Chain
@@ -28,6 +30,7 @@ from marketplace.platform.database import transaction
 from marketplace.platform.errors import SetupFault
 from marketplace.platform.settings import ChainsConfig, EvmChainConfig
 
+AUDIT_EVERY_S: Final = 3600.0
 _log: Final = structlog.get_logger("marketplace.deposits")
 
 
@@ -98,6 +101,8 @@ async def watch(
         async with asyncio.TaskGroup() as group:
             for watcher in watchers:
                 group.create_task(watcher.run(stop))
+                escrow = escrow_of(watcher.rules.chain, chains)
+                group.create_task(_audit_hourly(engine, clock, watcher, escrow, stop))
 
 
 async def reconcile(
@@ -109,6 +114,36 @@ async def reconcile(
         async with open_reader(chain, chains) as reader:
             results += await check_chain(engine, reader, escrow_of(chain, chains), patience_s=patience_s)
     return results
+
+
+async def audit(
+    engine: AsyncEngine, clock: Clock, reader: ChainReader, escrow: str, *, patience_s: int = 60
+) -> bool:
+    """Halt the chain if its books differ from it (S1) and go on differing; True if they meet.
+
+    A log that says more than arrived (A7) is found here.  Raises RpcUnavailable, LookupError.
+    """
+    unequal = [r for r in await check_chain(engine, reader, escrow, patience_s=patience_s) if not r.is_equal]
+    for result in unequal:
+        reason = (
+            f"{result.account} at {result.height}: {result.onchain_micro} micro on chain, "
+            f"{result.books_micro} in the books"
+        )
+        await halt(engine, clock, reader.chain, actor="reconciler", reason=reason)
+    return not unequal
+
+
+async def _audit_hourly(
+    engine: AsyncEngine, clock: Clock, watcher: Watcher, escrow: str, stop: asyncio.Event
+) -> None:
+    while not stop.is_set():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), AUDIT_EVERY_S)
+            return
+        try:
+            await audit(engine, clock, watcher.reader, escrow)
+        except (ChainError, LookupError, SQLAlchemyError, OSError) as e:
+            _log.warning("the books could not be compared", chain=watcher.rules.chain.value, reason=str(e))
 
 
 async def halt(engine: AsyncEngine, clock: Clock, chain: Chain, *, actor: str, reason: str) -> None:

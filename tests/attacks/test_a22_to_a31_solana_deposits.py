@@ -1,12 +1,13 @@
-"""Attack rows A22, A23, A24, A26, A28, A30, A31: what is, and what is not, a deposit on Solana."""
+"""Attack rows A22 to A28, A30, A31: what is, and what is not, a deposit on Solana."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import time
+import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from chain.solana import programs, sending
 from chain.solana.reader import SolanaReader
 from chain.solana.rpc import SolanaRpc
 from chain.units import Micro
+from marketplace.deposits.attribution import Directory, Owner, ToPerson, Unattributed, attribute
 
 TOKEN_2022 = Pubkey.from_string("TokenzQdBNbLqP5VEhdkAS6EPFLC1PHnBqCXEpPxuEb")
 KEY = bytes([3]) * 32
@@ -202,3 +204,46 @@ async def test_a31_skipped_slots_are_no_gap(world: World) -> None:
     assert heights != list(range(heights[0], heights[-1] + 1)), "no slot was skipped: nothing was tested"
     assert [b.header.parent_height for b in blocks[1:]] == heights[:-1]
     assert [t.amount.n for b in blocks for t in b.inbound] == [1_000_000, 2_000_000]
+
+
+async def test_a25_another_account_named_as_ours_is_not_one_we_know(world: World) -> None:
+    """A second USDC account that the multisig owns: only addresses in our tables count."""
+    mint, owner = (Pubkey.from_string(a) for a in (world.deployment.usdc_mint, world.deployment.multisig))
+    planted = Keypair().pubkey()
+    body = bytes(mint) + bytes(owner) + (0).to_bytes(8, "little") + bytes(36) + b"\1"
+    data = base64.b64encode(body + bytes(165 - len(body))).decode()
+    state = {"lamports": 10**8, "data": data, "owner": str(programs.TOKEN_PROGRAM)}
+    await world.rpc.call("dev_setAccount", [str(planted), state], int)
+    move = programs.transfer_checked(
+        source=Pubkey.from_string(world.buyer.token_account),
+        mint=mint,
+        to=planted,
+        authority=world.key.pubkey(),
+        signers=(),
+        amount=9_000_000,
+    )
+    await sending.send_and_confirm(world.rpc, [move], [world.key])
+    assert [t.to for t in await world.seen(Everything())] == [str(planted)]
+    assert await world.seen(world.escrow) == []
+    assert await world.seen(Only(world.deployment.multisig)) == []
+
+
+async def test_a27_a_memo_that_names_another_buyer_changes_nothing(world: World) -> None:
+    """Whose deposit it is follows from the account that was paid; a memo is not even read."""
+    memo = Instruction(
+        Pubkey.from_string("MemoSq4gqABAXKb96qnH8TysNcWxMyWCqXgDLGmfcHr"), b"for bob, honestly", []
+    )
+    await sending.send_and_confirm(world.rpc, [memo, usdc_move(world, 5_000_000)], [world.key])
+    (seen,) = await world.seen(world.escrow)
+    assert (seen.amount, seen.references) == (Micro(5_000_000), ())
+    ann, bob = uuid.uuid4(), uuid.uuid4()
+    directory = Directory(
+        escrow=world.deployment.escrow,
+        owners={"anns account": Owner(ann, is_retired=False), "bobs account": Owner(bob, is_retired=False)},
+        our_senders=frozenset(),
+        intents={"bobs reference": bob},
+    )
+    to_escrow = attribute(seen, directory)
+    assert to_escrow == Unattributed("no_reference", is_direct=True)
+    to_ann = replace(seen, to="anns account", references=("bobs reference",))
+    assert attribute(to_ann, directory) == ToPerson(ann, None, is_direct=False)
