@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -129,7 +129,7 @@ class Buyer:
         self.http = httpx.Client(base_url=facts["api"], headers=headers, timeout=20)
         self.wallet = DevelopmentWallet({Chain(c): url for c, url in facts["rpc"].items()}, seed=seed)
 
-    def __enter__(self) -> Buyer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

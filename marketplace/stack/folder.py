@@ -37,7 +37,9 @@ LEFTOVER_PATIENCE_S: Final = 45
 """How long the processes of a killed stack, which the kernel has told to stop, may take; then SIGKILL."""
 STOP_PATIENCE_S: Final = 60
 DISK_BYTES_MIN: Final = 500 * 10**6
-"""A new database, three chains and their logs take about 150 MB."""
+"""A new database, three chains and their logs take about 60 MB; the rest is room to work."""
+DISK_BYTES_RESERVE: Final = 100 * 10**6
+"""Below this a running stack ends: anvil writes its chain in place, and half a file is no chain."""
 
 
 def write_private(path: Path, text: str) -> None:
@@ -80,6 +82,15 @@ class StackFolder:
             raise SetupFault(
                 f"the disk of {self.root} is full: {free // 10**6} MB are free, "
                 f"{DISK_BYTES_MIN // 10**6} MB are needed"
+            )
+
+    def require_room(self) -> None:
+        """SetupFault when the disk is so full that what runs here could not write its data any more."""
+        free = shutil.disk_usage(self.root).free
+        if free < DISK_BYTES_RESERVE:
+            raise SetupFault(
+                f"the disk of {self.root} is nearly full ({free // 10**6} MB are free): "
+                "the stack ends before something is lost; free some and start it again"
             )
 
     def secret(self, name: str) -> str:

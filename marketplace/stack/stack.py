@@ -489,8 +489,9 @@ class Stack:
     # ---- life and end
 
     async def watch(self) -> None:
-        """Restart processes that end, until cancelled; ServerFault when a server or chain is gone."""
+        """Restart processes that end, until cancelled; raises when a server, a chain or the disk is gone."""
         while True:
+            self.folder.require_room()
             for server, name in ((self._postgres, "PostgreSQL"), (self._nats, "NATS")):
                 if server is not None and not server.is_alive():
                     raise ServerFault(f"{name} ended; see {self.folder.root}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import socket
@@ -10,16 +11,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nats
 import pytest
 from sqlalchemy import text
 
-from marketplace.platform import database
+from marketplace.platform import database, embedded_postgres
 from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
-from marketplace.platform.errors import PortInUse
+from marketplace.platform.errors import PortInUse, SetupFault
 from marketplace.platform.processes import free_port
 
 OWNER = """
@@ -89,6 +91,51 @@ async def test_postgres_listens_on_its_socket_only(home: Path) -> None:
     finally:
         server.stop()
     assert not server.is_alive()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root drops to another user, who must reach the files")
+async def test_a_closed_folder_of_root_keeps_its_data_where_the_server_can_reach_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /root, mode 0700; with a copy of the programs cut short before, under a strict umask."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    with tempfile.TemporaryDirectory(prefix="tollway-tests-") as outside:
+        Path(outside).chmod(0o755)
+        monkeypatch.setattr(embedded_postgres, "OUTSIDE", Path(outside) / "lib")
+        before = os.umask(0o077)
+        try:
+            version = importlib.metadata.version("embedded-postgres")
+            torn = Path(outside) / "lib" / f"postgres-{version}.new" / "embedded_postgres" / "pginstall"
+            torn.mkdir(parents=True)
+            (torn / "half a program").write_text("")
+            with ThreadPoolExecutor(4) as pool:
+                servers = list(pool.map(EmbeddedPostgres, [closed / "postgres"] * 4))
+            server = servers[0]
+            server.start()
+        finally:
+            os.umask(before)
+        try:
+            assert server.binaries.is_relative_to(Path(outside) / "lib" / f"postgres-{version}")
+            engine = database.connect(server.url("postgres"), role=None)
+            async with engine.connect() as connection:
+                assert (await connection.execute(text("SELECT 1"))).scalar_one() == 1
+            await engine.dispose()
+        finally:
+            server.stop()
+        assert closed.stat().st_mode & 0o777 == 0o700
+        again = EmbeddedPostgres(closed / "postgres")
+        assert again.binaries == server.binaries
+        again.forget()
+        assert not (again._data).exists()
+
+
+def test_another_platform_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SetupFault, match="PostgreSQL runs on Linux; on win32 give TOLLWAY_DATABASE_URL"):
+        EmbeddedPostgres(tmp_path / "postgres")
+    with pytest.raises(SetupFault, match="NATS server runs on Linux"):
+        EmbeddedNats(tmp_path / "nats", 1, load_or_make_credentials(tmp_path / "secrets"))
 
 
 async def test_nats_refuses_strangers_and_serves_the_marketplace(nats_server: EmbeddedNats) -> None:

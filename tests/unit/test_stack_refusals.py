@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -100,6 +101,20 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 12_345_678))
     said = up(tmp_path / "data", "--port-base", "0", "--without-node")
     assert f"the disk of {tmp_path / 'data'} is full: 12 MB are free, 500 MB are needed" in said
+
+
+async def test_a_running_stack_ends_before_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StackFolder(tmp_path)
+    folder.make()
+    stack = Stack(folder, Ports.any(), TINY, lambda _: None, has_node=False)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await stack.watch()
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 99 * 10**6))
+    with pytest.raises(SetupFault, match=r"nearly full \(99 MB are free\): the stack ends before"):
+        await stack.watch()
 
 
 def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
