@@ -400,6 +400,76 @@ def batch_approve(
     out.print(f"batch {batch}: {status.value}")
 
 
+@batch_app.command("status")
+def batch_status(data_dir: DataDir = DEFAULT_STACK, as_json: Json = False) -> None:
+    """Per chain: the batch under way, halts, the escrow's cover; exit code 1 if S3 is broken."""
+    from marketplace.settlement import commands
+
+    reserve_s = _settings_or_exit(data_dir).reserve_s
+    found = _with_book(data_dir, lambda engine, _, clock: commands.status(engine, clock, reserve_s))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for row in found["chains"]:
+            out.print("  ".join(f"[dim]{key}[/] {escape(str(value))}" for key, value in row.items()))
+        for line in (*found["broken"], *found["warnings"]):
+            out.print(f"[yellow]{escape(line)}[/]")
+    if found["broken"]:
+        raise typer.Exit(1)
+
+
+@batch_app.command("expire")
+def batch_expire(
+    chain: ChainArgument,
+    actor: Annotated[str, typer.Option("--as", help="Who looked on chain and decides.")],
+    reason: Annotated[str, typer.Option(help="Why; kept for ever.")],
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """End a batch never signed here whose fence something else spent; on the settler's machine."""
+    from marketplace.settlement import commands
+
+    settler_dir = _settings_or_exit(data_dir).settler_dir
+    _with_book(
+        data_dir,
+        lambda engine, chains, clock: commands.expire_unsigned(
+            engine, chains, clock, chain, settler_dir=settler_dir, actor=actor, reason=reason
+        ),
+    )
+
+
+@batch_app.command("sanctions")
+def batch_sanctions(
+    file: Annotated[Path, typer.Argument(help="One address a line; # starts a comment.")],
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Put a list of addresses in force that are neither added nor paid; replaces the one before."""
+    from marketplace.settlement import commands
+
+    count = _with_book(data_dir, lambda engine, _, clock: commands.refresh_sanctions(engine, clock, file))
+    out.print(f"{count} addresses are screened.")
+
+
+@batch_app.command("rules")
+def batch_rules(
+    large_above: Annotated[str, typer.Option(help="USDC above which a batch is large.")],
+    large_approvals: Annotated[int, typer.Option(help="Signers a large batch needs.")],
+    daily_max: Annotated[str, typer.Option(help="USDC that may be planned in 24 hours, all chains.")],
+    actor: Annotated[str, typer.Option("--as", help="Who decides.")],
+    reason: Annotated[str, typer.Option(help="Why; kept for ever.")],
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Change who must agree to how much."""
+    from marketplace.settlement import commands
+    from marketplace.settlement.payout_rules import PayoutRules
+
+    with _plain_errors():
+        rules = PayoutRules(parse_usdc(large_above), large_approvals, parse_usdc(daily_max))
+    _with_book(
+        data_dir,
+        lambda engine, _, clock: commands.change_rules(engine, clock, rules, actor=actor, reason=reason),
+    )
+
+
 @batch_app.command("halt")
 def batch_halt(
     rail: Annotated[str, typer.Argument(help="A chain, or `payouts` for all.")],
@@ -429,9 +499,9 @@ def sign(
     from marketplace.settlement.errors import SettlementError
 
     def confirm(review: Any) -> bool:
-        table = Table("to", "USDC")
+        table = Table("to", "USDC", "")
         for to, amount in review.recipients:
-            table.add_row(to, str(amount))
+            table.add_row(to, str(amount), "NEW" if to in review.new_recipients else "")
         err.print(
             f"batch {review.batch} on {review.chain.value}, planned by {review.planned_by}: "
             f"{review.total} USDC from {review.escrow}, fence {review.fence}, digest {review.digest}"

@@ -122,7 +122,7 @@ class GasPayer:
         if fee > self._fee_cap_wei:
             raise FeesTooHigh(f"replacing costs {fee} wei per gas, the cap is {self._fee_cap_wei}")
         kept = ("type", "chainId", "nonce", "value", "data", "gas")
-        again = {name: old[name] for name in kept} | {"to": "0x" + bytes(old["to"]).hex()}
+        again = {name: old[name] for name in kept} | {"to": from_bytes(bytes(old["to"]))}
         signed = self._account.sign_transaction(again | {"maxFeePerGas": fee, "maxPriorityFeePerGas": tip})
         bumped = bytes(signed.raw_transaction)
         return OuterTransaction(bumped, "0x" + keccak(bumped).hex())

@@ -10,7 +10,7 @@ import getpass
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -21,10 +21,13 @@ from chain.units import Micro
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.platform.settings import ChainsConfig, load_chains
-from marketplace.settlement import batches, halts, plan_requests, signing
+from marketplace.settlement import batches, halts, payout_rules, plan_requests, sanctions, signing, treasury
 from marketplace.settlement.consents import consent_of
 from marketplace.settlement.errors import ExportRefused
+from marketplace.settlement.payout_rules import PayoutRules
 from marketplace.settlement.plan_requests import PlanRequest
+from marketplace.settlement.rails import open_rails
+from marketplace.settlement.settler import Settler
 from marketplace.settlement.signing import ApprovalDocument, Expected, Review
 
 PASSPHRASE_VARIABLE: Final = "TOLLWAY_SIGNER_PASSPHRASE"  # noqa: S105 - its name, not its value
@@ -61,7 +64,8 @@ def sign(
 ) -> tuple[ApprovalDocument, Path]:
     """Check an export against these settings and sign it; writes the approval beside it unless told where.
 
-    `confirm` is shown what would be signed, rebuilt.  ExportRefused names what does not agree.
+    `confirm` is shown what would be signed, rebuilt, and which recipients this signer never signed for: his
+    memory is the file `<keystore>.recipients` on his own machine.  ExportRefused names what does not agree.
     """
     try:
         with export_file.open("rb") as file:
@@ -69,16 +73,19 @@ def sign(
     except OSError as e:
         raise ExportRefused(f"{export_file} cannot be read: {e.strerror}") from e
     export = signing.decode_export(raw)
+    memory = keystore.with_name(f"{keystore.name}.recipients")
+    before = frozenset(memory.read_text().split()) if memory.exists() else frozenset()
     document = signing.sign_export(
         export,
         consent_of(load_chains(chains_file), export.chain),
         keystore=keystore,
         passphrase=read_passphrase(keystore) if passphrase is None else passphrase,
-        expected=Expected(limit=limit, recipients=recipients),
+        expected=Expected(limit=limit, recipients=recipients, signed_before=before),
         confirm=confirm,
     )
     target = approval_file or export_file.with_name(f"{export.batch}.{document.signer}.approval.json")
     target.write_bytes(signing.encode(document))
+    memory.write_text("\n".join(sorted(before | {line.to for line in export.lines})) + "\n")
     return document, target
 
 
@@ -143,3 +150,56 @@ async def lift(engine: AsyncEngine, clock: Clock, rail: str, *, actor: str, reas
     """Let payouts run again."""
     async with transaction(engine) as conn:
         await halts.lift(conn, rail=rail, actor=actor, reason=reason, now=clock.now())
+
+
+async def status(engine: AsyncEngine, clock: Clock, reserve_s: int) -> dict[str, Any]:
+    """Per chain the batch under way, the halt and the cover; what is broken and what will be short."""
+    async with transaction(engine) as conn:
+        cover = await treasury.read_cover(conn, now=clock.now(), reserve_s=reserve_s)
+        rows = []
+        for one in cover.chains:
+            live = await batches.live_batch(conn, one.chain)
+            rows.append(
+                {
+                    "chain": one.chain.value,
+                    "batch": None if live is None else str(live.id),
+                    "status": None if live is None else live.status.value,
+                    "trouble": "" if live is None else live.trouble,
+                    "halted": await halts.halted(conn, one.chain),
+                    "escrow": str(one.escrow),
+                    "in_flight": str(one.in_flight),
+                    "requested": str(one.requested),
+                }
+            )
+    return {"chains": rows, "broken": list(cover.broken()), "warnings": list(cover.warnings())}
+
+
+async def expire_unsigned(
+    engine: AsyncEngine,
+    chains: ChainsConfig,
+    clock: Clock,
+    chain: Chain,
+    *,
+    settler_dir: Path,
+    actor: str,
+    reason: str,
+) -> None:
+    """See `Settler.expire_unsigned`; needs the settler's keys, so it runs on his machine."""
+    async with open_rails(chains, settler_dir, [chain]) as rails:
+        await Settler(engine, rails[chain], clock).expire_unsigned(actor=actor, reason=reason)
+
+
+async def refresh_sanctions(engine: AsyncEngine, clock: Clock, file: Path) -> int:
+    """Put a list in force; gives how many addresses it has.  BadList leaves the one before."""
+    addresses = await asyncio.to_thread(sanctions.read_list, file)
+    async with transaction(engine) as conn:
+        await sanctions.refresh(conn, addresses, source=file.name, now=clock.now())
+    return len(addresses)
+
+
+async def change_rules(
+    engine: AsyncEngine, clock: Clock, rules: PayoutRules, *, actor: str, reason: str
+) -> None:
+    """Put other payout rules in force."""
+    async with transaction(engine) as conn:
+        await payout_rules.change(conn, rules, actor=actor, reason=reason, now=clock.now())

@@ -30,11 +30,12 @@ from chain.payouts import Payout
 from chain.ports import PayoutLine, PayoutRail, Unsigned
 from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
+from marketplace.ledger import tables as ledger_tables
 from marketplace.ledger import templates
 from marketplace.ledger.accounts import Account, ensure_account, read_balance
-from marketplace.ledger.holds import release
+from marketplace.ledger.holds import release_all
 from marketplace.ledger.money import Nano, from_micro
-from marketplace.ledger.posting import lock_balances, post_transfer
+from marketplace.ledger.posting import lock_balances, post_transfers
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.platform.ids import uuid7
@@ -200,10 +201,12 @@ async def _write(
     await _lock_requests(conn, candidates)
     await lock_accounts(conn, rail.chain, {c.person_id for c in candidates})
     kept = [c for c in candidates if str(c.payout_id) not in refused]
-    split_off = tuple((c.withdrawal_id, refused[str(c.payout_id)]) for c in candidates if c not in kept)
+    split_off = tuple(
+        (c.withdrawal_id, refused[str(c.payout_id)]) for c in candidates if str(c.payout_id) in refused
+    )
+    await release_all(conn, [c.hold_id for c in candidates])
     for candidate in candidates:
-        await release(conn, candidate.hold_id)
-        if candidate not in kept:
+        if str(candidate.payout_id) in refused:
             await _fail(conn, candidate, refused[str(candidate.payout_id)], now)
     if unsigned is None:
         return None
@@ -242,8 +245,10 @@ async def lock_accounts(conn: AsyncConnection, chain: Chain, persons: set[UUID])
         ledger_accounts.payouts_in_flight(chain.value),
         ledger_accounts.escrow(chain.value),
     ]
-    names += [ledger_accounts.operator_earnings(str(person)) for person in persons]
-    await lock_balances(conn, [await ensure_account(conn, name) for name in sorted(names)])
+    ids = [await ensure_account(conn, name) for name in sorted(names)]
+    t, owners = ledger_tables.accounts.c, [str(person) for person in persons]  # who earned has an account
+    earned = select(t.id).where(t.kind == ledger_accounts.Kind.OPERATOR_EARNINGS.value, t.owner.in_(owners))
+    await lock_balances(conn, [*ids, *(await conn.scalars(earned))])
 
 
 async def _fail(conn: AsyncConnection, candidate: Candidate, reason: str, now: datetime) -> None:
@@ -303,12 +308,14 @@ async def _freeze(
         .where(withdrawals.c.id.in_([c.withdrawal_id for c in kept]))
         .values(status=Status.PLANNED.value, hold_id=None, batch_id=batch_id, changed_at=now)
     )
-    for c in kept:
-        moved = templates.withdrawal_planned(
+    moved = [
+        templates.withdrawal_planned(
             chain=rail.chain.value,
             person=str(c.person_id),
             amount=from_micro(c.amount.n),
             ref=str(c.payout_id),
         )
-        await post_transfer(conn, moved)
+        for c in kept
+    ]
+    await post_transfers(conn, moved)
     return batch_id

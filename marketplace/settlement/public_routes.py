@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Query
@@ -25,7 +25,11 @@ from marketplace.settlement.digest import merkle_proof
 router = APIRouter()
 """Included by `routes.router`, under /api."""
 
-PUBLIC_BATCHES = 50
+PUBLIC_BATCHES: Final = 50
+_GUARDED: Final[dict[int | str, dict[str, Any]]] = {
+    401: {"model": RefusalOut, "description": "no valid credential"},
+    403: {"model": RefusalOut, "description": "the credential lacks the scope"},
+}
 
 
 class ChainPublic(BaseModel):
@@ -174,7 +178,7 @@ async def get_transparency(services: ServicesDep) -> Transparency:
 
 @router.get(
     "/withdrawals/{withdrawal_id}/proof",
-    responses={404: {"model": RefusalOut, "description": "not yours, or not in a batch"}},
+    responses={**_GUARDED, 404: {"model": RefusalOut, "description": "not yours, or not in a batch"}},
     tags=["operators"],
 )
 async def prove_inclusion(
@@ -203,7 +207,7 @@ async def prove_inclusion(
     )
 
 
-@router.get("/earnings/statement", tags=["operators"])
+@router.get("/earnings/statement", responses=_GUARDED, tags=["operators"])
 async def get_statement(
     services: ServicesDep,
     identity: AccountIdentity,
@@ -236,7 +240,7 @@ async def get_statement(
     )
 
 
-@router.get("/treasury", tags=["settlement"])
+@router.get("/treasury", responses=_GUARDED, tags=["settlement"])
 async def get_treasury(services: ServicesDep, identity: AdminIdentity) -> CoverBody:
     """Escrows against payouts due and earnings maturing; what is broken and what will be short."""
     del identity

@@ -31,7 +31,7 @@ from marketplace.ledger import accounts as ledger_accounts
 from marketplace.ledger import templates
 from marketplace.ledger.holds import hold
 from marketplace.ledger.money import from_micro
-from marketplace.ledger.posting import post_transfer
+from marketplace.ledger.posting import post_transfers
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.settlement import halts, planner
@@ -367,11 +367,11 @@ class Settler:
 
 
 async def _pay(conn: AsyncConnection, batch: Batch, joined: Sequence[Member], now: datetime) -> None:
-    for m in joined:
-        paid = templates.payout_final(
-            chain=batch.chain.value, amount=from_micro(m.amount.n), ref=str(m.payout_id)
-        )
-        await post_transfer(conn, paid)
+    paid = [
+        templates.payout_final(chain=batch.chain.value, amount=from_micro(m.amount.n), ref=str(m.payout_id))
+        for m in joined
+    ]
+    await post_transfers(conn, paid)
     await conn.execute(
         update(withdrawals)
         .where(withdrawals.c.id.in_([m.withdrawal_id for m in joined]))
@@ -387,12 +387,18 @@ async def _give_back(conn: AsyncConnection, batch: Batch, joined: Sequence[Membe
     """
     await planner.lock_accounts(conn, batch.chain, {m.person_id for m in joined})
     await conn.execute(update(payouts).where(payouts.c.batch_id == batch.id).values(is_live=False))
+    returned = [
+        templates.payout_failed(
+            chain=batch.chain.value,
+            person=str(m.person_id),
+            amount=from_micro(m.amount.n),
+            ref=str(m.payout_id),
+        )
+        for m in joined
+    ]
+    await post_transfers(conn, returned)
     for m in joined:
         amount, person = from_micro(m.amount.n), str(m.person_id)
-        returned = templates.payout_failed(
-            chain=batch.chain.value, person=person, amount=amount, ref=str(m.payout_id)
-        )
-        await post_transfer(conn, returned)
         reason = f"withdrawal {m.withdrawal_id}"
         held = await hold(conn, ledger_accounts.operator_earnings(person), amount, reason=reason)
         await conn.execute(

@@ -263,6 +263,8 @@ class Review(msgspec.Struct, frozen=True):
     recipients: tuple[tuple[str, Micro], ...]
     threshold: int
     planned_by: str
+    new_recipients: frozenset[str]
+    """Those this signer has never signed for before, by his own memory."""
 
 
 class Expected(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,6 +274,8 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     """The largest total he signs."""
     recipients: frozenset[str] | None = None
     """His own address book: nobody else may be paid."""
+    signed_before: frozenset[str] = frozenset()
+    """Whom he has signed for before; others are pointed out to him, not refused."""
 
 
 def check_export(
@@ -303,6 +307,7 @@ def check_export(
     review = Review(
         export.batch, export.chain, consent.escrow, export.fence, digest, total, recipients,
         consent.threshold, export.planned_by,
+        frozenset({line.to for line in lines} - (expected or Expected()).signed_before),
     )  # fmt: skip
     return unsigned, review
 

@@ -16,6 +16,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.networks import BASE, ETHEREUM, SOLANA
+from chain.ports import PayoutLine
+from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
 from marketplace.ledger.accounts import find_account
 from marketplace.platform.database import transaction
@@ -28,8 +30,9 @@ from marketplace.platform.settings import (
     Settings,
     SolanaChainConfig,
 )
+from marketplace.settlement.digest import is_included
 from marketplace.settlement.routes import router
-from tests.settlement_parts import Desk, a_person
+from tests.settlement_parts import Desk, a_person, run_out
 
 WALLET = "0x1111111111111111111111111111111111111234"
 OURS = "0x2222222222222222222222222222222222222222"
@@ -268,5 +271,40 @@ def test_every_route_documents_its_refusals() -> None:
     app = FastAPI()
     app.include_router(router)
     for path, methods in app.openapi()["paths"].items():
+        if path == "/api/transparency":
+            continue  # for anybody
         for method, operation in methods.items():
             assert {"401", "403"} <= operation["responses"].keys(), f"{method} {path}"
+
+
+async def test_anybody_sees_where_the_money_is_and_an_operator_proves_his_part(office: Office) -> None:
+    desk = office.desk
+    made = [await desk.request(await desk.operator(20 + n), None) for n in range(3)]
+    batch_id = await desk.approved()
+    await run_out(desk, desk.settler())
+    public = (await office.call("GET", "/transparency", None)).json()
+    assert {c["chain"]: (c["usdc"], c["escrow"], c["threshold"]) for c in public["chains"]} == {
+        "ethereum": (ETHEREUM.usdc, OURS, 2),
+        "base": (BASE.usdc, OURS, 2),
+        "solana": (SOLANA.usdc_mint, CHAINS.solana.escrow, 2),
+    }
+    (batch,) = public["batches"]
+    assert (batch["id"], batch["status"], batch["count"]) == (str(batch_id), "final", 3)
+    assert batch["tx"]
+    mine = made[1]
+    proof = (await office.call("GET", f"/withdrawals/{mine.id}/proof", mine.person_id)).json()
+    line = PayoutLine(proof["payout_id"], proof["address"], Micro(proof["amount_micro"]))
+    assert is_included(
+        line,
+        position=proof["position"],
+        count=batch["count"],
+        proof=[bytes.fromhex(step) for step in proof["proof"]],
+        root=bytes.fromhex(batch["merkle_root"]),
+    )
+    assert (await office.call("GET", f"/withdrawals/{mine.id}/proof", made[0].person_id)).status_code == 404
+    told = (await office.call("GET", "/earnings/statement", mine.person_id)).json()
+    assert (told["data"][0]["withdrawal_id"], told["data"][0]["tx"]) == (str(mine.id), batch["tx"])
+    assert (await office.call("GET", "/earnings/statement", None)).status_code == 401
+    assert (await office.call("GET", "/treasury", mine.person_id)).status_code == 403
+    treasury = (await office.call("GET", "/treasury", office.admin)).json()
+    assert (treasury["broken"], treasury["warnings"]) == ([], [])

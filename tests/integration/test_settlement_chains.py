@@ -117,6 +117,9 @@ async def test_an_operator_is_paid_by_two_of_three(engine: AsyncEngine, rig: Rig
             raw = approval.read_bytes()
             _, status = await commands.approve(engine, rig.chains, clock, raw, pushed_by="bo")
         assert seen == [Micro(33_000_000)] * 2
+        assert (
+            rig.keystores[0].with_name(f"{rig.keystores[0].name}.recipients").read_text() == f"{rig.wallet}\n"
+        )
         assert status is Payout.APPROVED
         batch = await until_over(engine, rig, asked.batch_id)
     assert batch.status is Payout.FINAL

@@ -100,8 +100,13 @@ class Payouts(RuleBasedStateMachine):
         assert self.refusal(self.desk.approve(live.id, signer)) in {None, "wrong_state"}
 
     @rule()
+    def go_to_the_end(self) -> None:
+        """What should happen, so that some batches come to their end."""
+        self.desk.rail.is_paused = False
+        for _ in range(6):
+            self.go_on()
+
     def go_on(self) -> None:
-        """What should happen next, so that some batches come to their end."""
         live = self.live()
         if live is None:
             self.request(0, 10, is_repeated=False)
