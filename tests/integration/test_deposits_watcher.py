@@ -25,6 +25,7 @@ from marketplace.deposits.early import EarlyCredit
 from marketplace.deposits.errors import NoDecision
 from marketplace.deposits.explain import explain_transaction
 from marketplace.deposits.reconcile import check_chain
+from marketplace.deposits.routes import _changes
 from marketplace.deposits.tables import (
     chain_cursors,
     chain_halts,
@@ -735,3 +736,21 @@ async def test_every_state_is_explained(bench: Bench) -> None:
     assert await verdicts(swept.tx) == ["sweep"]
     await service.halt(bench.engine, bench.clock, Chain.BASE, actor="ann", reason="drill")
     assert await verdicts(kept.tx) == ["credited", "halted"]
+
+
+async def test_the_status_stream_tells_each_change_once(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = await start(bench)
+    payment = bench.pays(address, 12)
+    bench.node.mine(payment)
+    await bench.settle(watcher)
+    stream = _changes(bench.engine, bench.clock, person)
+    first = await anext(stream)
+    assert first.startswith("event: deposit\ndata: ")
+    assert '"status":"seen"' in first
+    bench.node.finalize()
+    await bench.settle(watcher)
+    second = await anext(stream)
+    assert '"status":"final"' in second
+    assert '"is_credited":true' in second
+    await stream.aclose()
