@@ -12,8 +12,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import MetaData, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -59,6 +57,9 @@ async def transaction(engine: AsyncEngine, *, isolation: str | None = None) -> A
 
 def migrate(url: str) -> None:
     """Bring the schema to its newest revision; safe to repeat and to run from two processes at once."""
+    from alembic import command  # a quarter of a command's start-up time, needed by few
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.set_main_option("path_separator", "os")
