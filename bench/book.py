@@ -19,7 +19,7 @@ from servers import say
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from marketplace.ledger import accounts, templates
-from marketplace.ledger.accounts import ensure_account, platform_revenue
+from marketplace.ledger.accounts import ensure_account, ensure_accounts, platform_revenue
 from marketplace.ledger.charges import COLUMNS, COPY_HEADER, COPY_TRAILER, GENESIS, Charge, extend_chain, pack
 from marketplace.ledger.ids import lowest_at
 from marketplace.ledger.money import Nano, split
@@ -55,9 +55,8 @@ async def people(engine: AsyncEngine, *, buyers: int = BUYERS) -> Cast:
     names = [f"buyer-{n}" for n in range(buyers)]
     gifts = [templates.coupon(person=name, amount=Nano(10**14), ref=f"start:{name}") for name in names]
     async with database.transaction(engine) as conn:
-        for start in range(0, buyers, 1_000):
-            await post_transfers(conn, gifts[start : start + 1_000])
-        ids = [await ensure_account(conn, accounts.buyer(name)) for name in names]
+        ids = list((await ensure_accounts(conn, [accounts.buyer(name) for name in names])).values())
+        await post_transfers(conn, gifts)
         operators = [await ensure_account(conn, accounts.operator_earnings(f"op-{n}")) for n in range(20)]
         await ensure_account(conn, platform_revenue(0))
     chance = random.Random(7)

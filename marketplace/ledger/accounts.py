@@ -9,12 +9,12 @@ An account is named by its kind and owner; the number it gets is for rows, not f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -211,6 +211,23 @@ async def ensure_account(conn: AsyncConnection, account: Account) -> int:
     row = insert(balances).values(account_id=identity, posted=0, held=0, floor=floor)
     await conn.execute(row.on_conflict_do_nothing())
     return int(identity)
+
+
+_FIND_MANY: Final = text(
+    """
+    SELECT a.id, a.kind, a.owner FROM accounts a
+    JOIN unnest(CAST(:kinds AS TEXT[]), CAST(:owners AS TEXT[])) AS w (kind, owner)
+      ON a.kind = w.kind AND a.owner = w.owner""",
+)
+
+
+async def ensure_accounts(conn: AsyncConnection, wanted: Iterable[Account]) -> dict[Account, int]:
+    """`ensure_account` for many: one statement for all that exist; creates in order, so never in a circle."""
+    names = sorted(set(wanted))
+    values = {"kinds": [name.kind.value for name in names], "owners": [name.owner for name in names]}
+    rows = await conn.execute(_FIND_MANY, values)
+    found = {Account(Kind(row.kind), row.owner): int(row.id) for row in rows}
+    return {name: found[name] if name in found else await ensure_account(conn, name) for name in names}
 
 
 async def find_account(conn: AsyncConnection, account: Account) -> int | None:

@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, func, select, text, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from marketplace.ledger.accounts import Account, Balance, TransferKind, ensure_account
+from marketplace.ledger.accounts import Account, Balance, TransferKind, ensure_accounts
 from marketplace.ledger.errors import (
     AmountTooLarge,
     InsufficientFunds,
@@ -61,8 +61,7 @@ async def post_transfers(
     """
     if len(wanted) > BULK_MAX:
         raise ValueError(f"at most {BULK_MAX} transfers in one call")
-    names = sorted({name for t in wanted for name in (t.debit, t.credit)})  # creators never wait in a circle
-    ids = {name: await ensure_account(conn, name) for name in names}
+    ids = await ensure_accounts(conn, (name for t in wanted for name in (t.debit, t.credit)))
     book = _Book(await lock_balances(conn, list(ids.values())), ids)
     known = await _on_record(conn, wanted)
     fresh: list[tuple[UUID, Transfer]] = []

@@ -21,6 +21,7 @@ from marketplace.ledger.posting import post_transfer
 from marketplace.ledger.reconcile import prove
 from marketplace.platform import database
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
+from marketplace.platform.errors import ServerFault
 
 WORKER = Path(__file__).with_name("ledger_worker.py")
 COST = 1_000_000
@@ -108,33 +109,43 @@ def own_server() -> Iterator[EmbeddedPostgres]:
             server.stop()
 
 
-async def test_postgresql_killed_at_every_commit_loses_and_overspends_nothing(own_server):
-    """The server dies around one commit after the other, under eight gateways draining one account."""
+async def up_again(server: EmbeddedPostgres) -> None:
+    """Start it; the dead server's last processes may still be letting go of their memory."""
+    server.stop()
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await asyncio.to_thread(server.start)
+            except ServerFault:
+                await asyncio.sleep(0.2)
+            else:
+                return
+
+
+@pytest.mark.parametrize("phase", ["before", "sent", "after"])
+async def test_postgresql_killed_around_a_commit_loses_and_overspends_nothing(own_server, phase):
+    """The server dies around one commit after the other, under gateways draining one account."""
     url = own_server.url("crash")
     await database.create_database(url)
     await asyncio.to_thread(database.migrate, url)
     engine = database.connect(url)
-    people = await start(engine, 400 * COST)
+    balance = 300 * COST
+    people = await start(engine, balance)
     acknowledged: dict[UUID, int] = {}
-    for phase in ("before", "sent", "after"):
-        for commit in (1, 3, 5):
-            crash = (str(commit), f"{phase}:{own_server.pid}")
-            workers = [a_worker(url, people, *crash), *(a_worker(url, people) for _ in range(1))]
-            running = asyncio.create_task(outcome(*workers))
-            async with asyncio.timeout(60):
-                while own_server.is_alive() and not running.done():
-                    await asyncio.sleep(0.02)
-            own_server.stop()
-            await asyncio.sleep(0.1)
-            for worker in workers:
-                worker.kill()
-            acknowledged |= (await running)[0]
-            await engine.dispose()
-            await asyncio.to_thread(own_server.start)
-            async with engine.begin() as conn:
-                await conn.execute(text("UPDATE leases SET expires = now() - interval '1 minute'"))
-                await leases.reap(conn)
-    workers = [a_worker(url, people) for _ in range(8)]
-    acknowledged |= (await outcome(*workers))[0]
-    await nothing_is_lost_or_overspent(engine, acknowledged, 400 * COST)
+    for commit in (1, 2, 4):
+        workers = [a_worker(url, people, str(commit), f"{phase}:{own_server.pid}"), a_worker(url, people)]
+        running = asyncio.create_task(outcome(*workers))
+        async with asyncio.timeout(60):
+            while own_server.is_alive() and not running.done():
+                await asyncio.sleep(0.02)
+        for worker in workers:
+            worker.kill()
+        acknowledged |= (await running)[0]
+        await engine.dispose()
+        await up_again(own_server)
+        async with engine.begin() as conn:
+            await conn.execute(text("UPDATE leases SET expires = now() - interval '1 minute'"))
+            await leases.reap(conn)
+    acknowledged |= (await outcome(*(a_worker(url, people) for _ in range(8))))[0]
+    await nothing_is_lost_or_overspent(engine, acknowledged, balance)
     await engine.dispose()

@@ -282,9 +282,7 @@ class LedgerMachine(RuleBasedStateMachine):
         async def read() -> dict[str, tuple[int, int]]:
             async with self.engine.connect() as conn:
                 rows = await conn.execute(
-                    text(
-                        "SELECT kind, owner, posted, held FROM accounts a JOIN balances b ON b.account_id = a.id"
-                    )
+                    text("SELECT kind, owner, posted, held FROM accounts JOIN balances ON account_id = id")
                 )
             names = {"stripe_pending": "stripe", "loss": "loss", "platform_revenue": "revenue"}
             return {names.get(row.kind, row.owner): (row.posted, row.held) for row in rows}
