@@ -142,6 +142,16 @@ class MultisigRail:
             raise WrongChain(f"nonce account {self.terms.nonce_account} does not exist")
         return programs.nonce_account(answer.value.owner, answer.value.bytes())[1]
 
+    async def missing_accounts(self, lines: Sequence[PayoutLine]) -> frozenset[str]:
+        """The wallets of `lines` that have no USDC account: `prepare` would pay the rent of one each."""
+        mint, found = Pubkey.from_string(self.terms.mint), set[str]()
+        for i in range(0, len(lines), ACCOUNTS_PER_REQUEST):
+            page = lines[i : i + ACCOUNTS_PER_REQUEST]
+            keys = [str(programs.associated_token_account(consent.wallet(line.to), mint)) for line in page]
+            states = await self._rpc.accounts(keys, CONFIRMED)
+            found |= {line.to for line, state in zip(page, states, strict=True) if state is None}
+        return frozenset(found)
+
     async def _create_accounts(self, lines: Sequence[PayoutLine], wallets: Sequence[Pubkey]) -> int:
         """Create the token accounts recipients lack, at the gas payer's cost; gives how many."""
         mint = Pubkey.from_string(self.terms.mint)

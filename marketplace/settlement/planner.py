@@ -14,7 +14,7 @@ serialize.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -50,6 +50,9 @@ from marketplace.settlement.withdrawals import Status
 LINES_MAX: Final = 300
 """Of one batch on any chain; a rail may take fewer (`max_lines`)."""
 ON_A_LIST: Final = "the address is on a sanctions list"
+ACCOUNT_CLOSED: Final = (
+    "the wallet's USDC account was closed after an earlier payout: open it, then ask again"
+)
 ATTEMPTS_MAX: Final = 3
 """How often the plan is made again because a request changed during the dry run."""
 
@@ -96,9 +99,12 @@ async def plan(engine: AsyncEngine, rail: PayoutRail, clock: Clock, *, planned_b
         async with transaction(engine) as conn:
             candidates = await _read(conn, rail, clock.now())
             listed = await sanctions.listed(conn, {c.address for c in candidates})
-        sanctioned = {str(c.payout_id): ON_A_LIST for c in candidates if c.address in listed}
+        barred = {str(c.payout_id): ON_A_LIST for c in candidates if c.address in listed}
         try:
-            unsigned, refused = await prepare(rail, [c.line for c in candidates if c.address not in listed])
+            barred |= await _rent_farmers(engine, rail, candidates)
+            unsigned, refused = await prepare(
+                rail, [c.line for c in candidates if str(c.payout_id) not in barred]
+            )
         except ChainRefusal as e:
             raise PlanRefused(f"the dry run fails: {e}", code="dry_run_failed") from e
         try:
@@ -108,7 +114,7 @@ async def plan(engine: AsyncEngine, rail: PayoutRail, clock: Clock, *, planned_b
                     rail=rail,
                     candidates=candidates,
                     unsigned=unsigned,
-                    refused=refused | sanctioned,
+                    refused=refused | barred,
                     planned_by=planned_by,
                     now=clock.now(),
                 )
@@ -119,7 +125,7 @@ async def plan(engine: AsyncEngine, rail: PayoutRail, clock: Clock, *, planned_b
         ) as e:  # the constraints' last word: one live batch per chain, one batch per fence
             raise PlanRefused(f"the fence is used by another batch: {e.orig}", code="batch_under_way") from e
         if planned is None:
-            reasons = "; ".join(sorted({*refused.values(), *sanctioned.values()}))
+            reasons = "; ".join(sorted({*refused.values(), *barred.values()}))
             raise PlanRefused(f"no request can be paid: {reasons}", code="nobody_payable")
         return planned
     raise PlanRefused("requests keep changing during the dry run; try again", code="keeps_changing")
@@ -147,6 +153,34 @@ async def _read(conn: AsyncConnection, rail: PayoutRail, now: datetime) -> list[
         )
         raise PlanRefused(message, code="daily_max")
     return await _covered(conn, rail.chain, waiting, left)
+
+
+async def _rent_farmers(
+    engine: AsyncEngine, rail: PayoutRail, candidates: Sequence[Candidate]
+) -> dict[str, str]:
+    """Payees we paid before whose token account is gone: its rent, ours once, went to them (A45).
+
+    Once per wallet we open a token account; whoever closed it opens the next one himself.
+    """
+    look: Callable[[Sequence[PayoutLine]], Awaitable[frozenset[str]]] | None
+    look = getattr(rail, "missing_accounts", None)
+    missing = frozenset[str]() if look is None else await look([c.line for c in candidates])
+    if not missing:
+        return {}
+    t = payouts.c
+    statement = (
+        select(t.address)
+        .distinct()
+        .join(settlement_batches, settlement_batches.c.id == t.batch_id)
+        .where(
+            t.address.in_(missing),
+            settlement_batches.c.chain == rail.chain.value,
+            settlement_batches.c.status == Payout.FINAL.value,
+        )
+    )
+    async with transaction(engine) as conn:
+        closed = frozenset(await conn.scalars(statement))
+    return {str(c.payout_id): ACCOUNT_CLOSED for c in candidates if c.address in closed}
 
 
 async def _covered(

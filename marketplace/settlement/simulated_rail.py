@@ -43,6 +43,8 @@ class SimulatedRail:
     balances: dict[str, int] = field(default_factory=dict)
     blocked: set[str] = field(default_factory=set)
     """Addresses the token refuses to pay."""
+    without_account: set[str] = field(default_factory=set)
+    """Addresses that have no token account (as on Solana)."""
     names_payees: bool = True
     is_paused: bool = False
     is_final_at_once: bool = True
@@ -71,6 +73,9 @@ class SimulatedRail:
         if sum(line.amount.n for line in lines) > self.escrow_micro:
             raise Reverted("the escrow holds less")
         return self.rebuild(lines, str(self.nonce), {"escrow": self.escrow})
+
+    async def missing_accounts(self, lines: Sequence[PayoutLine]) -> frozenset[str]:
+        return frozenset({line.to for line in lines} & self.without_account)
 
     def rebuild(self, lines: Sequence[PayoutLine], fence: str, context: dict[str, str]) -> Unsigned:
         if context != {"escrow": self.escrow}:

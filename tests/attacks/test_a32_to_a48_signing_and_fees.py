@@ -187,6 +187,23 @@ async def test_a43_a_new_address_waits_is_told_of_and_changes_nothing_under_way(
     assert desk.rail.balances == {made.address: 20_000_000}
 
 
+async def test_a45_a_token_account_is_opened_once_per_wallet(desk: Desk) -> None:
+    ann = await desk.operator(60)
+    desk.rail.without_account.add(desk.address_of(ann))
+    await desk.request(ann, 20)
+    await desk.approved()  # the first payout opens it, at our cost
+    await run_out(desk, desk.settler())
+    again = await desk.request(ann, 20, "k2")  # closed meanwhile: the rent was his
+    with pytest.raises(PlanRefused) as refused:
+        await desk.plan()
+    assert refused.value.code == "nobody_payable"
+    assert "closed" in ((await desk.status(ann, again)).refusal or "")
+    assert await desk.available(ann) == 40 * 10**9
+    desk.rail.without_account.clear()
+    await desk.request(ann, 20, "k3")
+    assert (await desk.plan()).count == 1
+
+
 # ── on a real Safe ────────────────────────────────────────────────────────────────────────────────────────
 
 
