@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 from uuid import UUID
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.networks import Chain
-from marketplace.deposits import decisions, service, solana_sweeps
-from marketplace.deposits.errors import DepositError
-from marketplace.deposits.explain import explain_transaction
 from marketplace.platform.clock import Clock
-from marketplace.platform.database import transaction
 from marketplace.platform.settings import ChainsConfig, load_chains
+
+if TYPE_CHECKING:  # what the commands work with is imported by those who need it: starting must be quick
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 deposits_app = typer.Typer(help="Deposits: explain, decide, halt, sweep Solana.", no_args_is_help=True)
 sweep_app = typer.Typer(help="Solana sweeps: show, export, sign, approve, cancel.", no_args_is_help=True)
@@ -36,6 +34,7 @@ DEFAULT_STACK: Final = Path("var/stack")
 
 def _book(data_dir: Path, work: Any) -> Any:
     from marketplace.cli import _with_book
+    from marketplace.deposits.errors import DepositError
 
     try:
         return _with_book(data_dir, work)
@@ -52,6 +51,8 @@ def explain(
 ) -> None:
     """Say what the system thinks of a transaction, and why."""
     from marketplace.cli import _settings_or_exit
+    from marketplace.deposits.explain import explain_transaction
+    from marketplace.platform.database import transaction
 
     minimum = _settings_or_exit(data_dir).deposit_micro_min
 
@@ -66,6 +67,8 @@ def explain(
 @deposits_app.command("cases")
 def cases(data_dir: DataDir = DEFAULT_STACK) -> None:
     """List what waits for a person's decision, newest first."""
+    from marketplace.deposits import decisions
+    from marketplace.platform.database import transaction
 
     async def work(engine: AsyncEngine, *_: object) -> Any:
         async with transaction(engine) as conn:
@@ -89,6 +92,8 @@ def attribute(
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
     """Give a deposit that waits to a person."""
+    from marketplace.deposits import decisions
+    from marketplace.platform.database import transaction
 
     async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> Any:
         async with transaction(engine) as conn:
@@ -104,6 +109,8 @@ def leave(
     key: Key, chain: ChainOption, actor: Actor, reason: Reason, data_dir: DataDir = DEFAULT_STACK
 ) -> None:
     """Decide that a case stays as it is."""
+    from marketplace.deposits import decisions
+    from marketplace.platform.database import transaction
 
     async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> None:
         async with transaction(engine) as conn:
@@ -121,6 +128,8 @@ def screen(
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
     """Set aside what this sender sends, until a person decides."""
+    from marketplace.deposits import decisions
+    from marketplace.platform.database import transaction
 
     async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> None:
         async with transaction(engine) as conn:
@@ -135,6 +144,8 @@ def screen(
 @deposits_app.command("halt")
 def halt(chain: ChainOption, actor: Actor, reason: Reason, data_dir: DataDir = DEFAULT_STACK) -> None:
     """Stop a chain's credits."""
+    from marketplace.deposits import service
+
     _book(data_dir, lambda engine, _, clock: service.halt(engine, clock, chain, actor=actor, reason=reason))
 
 
@@ -149,6 +160,7 @@ def resume(
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
     """Let a halted chain go on."""
+    from marketplace.deposits import service
 
     async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> None:
         if alarm is None:
@@ -165,6 +177,8 @@ def resume(
 @sweep_app.command("show")
 def sweep_show(data_dir: DataDir = DEFAULT_STACK) -> None:
     """List the newest sweeps; the settler prepares them when they are worth it."""
+    from marketplace.deposits import solana_sweeps
+    from marketplace.platform.database import transaction
 
     async def work(engine: AsyncEngine, *_: object) -> Any:
         async with transaction(engine) as conn:
@@ -193,6 +207,9 @@ def sweep_export(
     """Write the waiting sweep for its signers."""
     import msgspec
 
+    from marketplace.deposits import solana_sweeps
+    from marketplace.platform.database import transaction
+
     async def work(engine: AsyncEngine, *_: object) -> Any:
         async with transaction(engine) as conn:
             return await solana_sweeps.export_sweep(conn)
@@ -213,6 +230,8 @@ def sweep_sign(
     import msgspec
 
     from marketplace.cli import _plain_errors
+    from marketplace.deposits import solana_sweeps
+    from marketplace.deposits.errors import DepositError
     from marketplace.settlement.commands import read_passphrase
 
     with _plain_errors():
@@ -237,6 +256,9 @@ def sweep_approve(
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
     """Store a signer's approval; at the threshold the settler sends the sweep."""
+    from marketplace.deposits import solana_sweeps
+    from marketplace.platform.database import transaction
+
     raw = approval.read_bytes()
 
     async def work(engine: AsyncEngine, chains: ChainsConfig, clock: Clock) -> int:
@@ -257,6 +279,8 @@ def sweep_cancel(
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
     """Give up a sweep nobody has sent."""
+    from marketplace.deposits import solana_sweeps
+    from marketplace.platform.database import transaction
 
     async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> None:
         async with transaction(engine) as conn:
