@@ -17,14 +17,14 @@ from uuid import UUID
 import httpx
 import nats
 import uvicorn
+from letters import letters_tokenizer, tokenizer_files
 from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from marketplace.accounts.people import create_key, create_person
 from marketplace.app import Gateway
-from marketplace.catalog.models import Tier, TokenizerFiles, add_model
+from marketplace.catalog.models import Tier, add_model
 from marketplace.fabric.node_ids import node_id_of
 from marketplace.gateway.hot_route import protocol_for
 from marketplace.ledger.accounts import PROMO, buyer, read_balance
@@ -45,29 +45,6 @@ HELLO: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content"
 STREAM = {**HELLO, "stream": True}
 SECRET = "s" * 40
 PRICE_IN, PRICE_OUT = 1_000_000_000, 2_000_000_000
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{{ '<|im_start|>assistant\n' }}"
-)
-
-
-def letters_tokenizer() -> Tokenizer:
-    """One token a byte, and the two ChatML marks."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return tokenizer
-
-
-def tokenizer_files() -> TokenizerFiles:
-    return TokenizerFiles(letters_tokenizer().to_str().encode(), CHATML, {})
-
-
-def prompt_tokens(content: str) -> int:
-    """What `letters` makes of one user message: two marks, "user\\n", the text, "\\n", the opening."""
-    return len(["<s>", *b"user\n", *content.encode(), "</s>", *b"\n", "<s>", *b"assistant\n"])
 
 
 def _public_key() -> str:

@@ -34,6 +34,12 @@ MARKUP_MAX: Final = 128
 """Characters of markup around a reasoning block or a tool call that the engine cuts out of the text."""
 
 
+_REFUSALS: Final = (
+    TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
+)  # fmt: skip
+"""What a template raises on messages it was not written for."""
+
+
 class PromptRefused(Exception):
     """The chat template cannot express these messages; the message says why."""
 
@@ -127,7 +133,7 @@ class TokenCounter:
                 add_generation_prompt=True,
                 **self._special,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as e:
+        except _REFUSALS as e:
             raise PromptRefused(f"the model's chat template refuses these messages: {e}") from e
 
     def prompt_ids(

@@ -18,13 +18,13 @@ from gateway_parts import (
     STREAM,
     RunningGateway,
     StubNode,
-    prompt_tokens,
     running_gateway,
     said,
     saying,
     sending,
     whole,
 )
+from letters import prompt_tokens
 
 from marketplace.fabric.node_client import Limits
 from marketplace.ledger.money import cost

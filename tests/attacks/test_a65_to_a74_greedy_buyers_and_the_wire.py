@@ -19,13 +19,13 @@ from gateway_parts import (
     STREAM,
     RunningGateway,
     StubNode,
-    prompt_tokens,
     running_gateway,
     said,
     saying,
     sending,
     whole,
 )
+from letters import prompt_tokens
 
 from marketplace.accounts.people import create_key, create_person
 from marketplace.ledger.money import Nano, cost

@@ -21,13 +21,13 @@ from gateway_parts import (
     STREAM,
     RunningGateway,
     StubNode,
-    prompt_tokens,
     running_gateway,
     said,
     saying,
     sending,
     whole,
 )
+from letters import prompt_tokens
 from sqlalchemy import text
 
 from marketplace.ledger.money import cost, split

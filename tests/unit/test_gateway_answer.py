@@ -1,0 +1,148 @@
+"""The bytes a buyer gets, for frames a node sent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from marketplace.gateway.answer import Answer, ChoiceUnknown, UsageOut, error_event
+from node_agent.protocol import ChoiceDelta, Delta, End, TokenLogprob, ToolCallDelta, TopLogprob
+
+USAGE = UsageOut(3, 2, 5, "0.000007", 7_000, "r-1", "gateway")
+
+
+def an_answer(choices: int = 1) -> Answer:
+    return Answer(request_id="chatcmpl-1", model="m", created_s=1_700_000_000, choices=choices)
+
+
+def test_a_stream_to_the_byte() -> None:
+    answer = an_answer()
+    first, last = (
+        Delta(1, [ChoiceDelta(content="He")]),
+        Delta(2, [ChoiceDelta(content='l"\n\u2028', finish_reason="stop")]),
+    )
+    answer.take(first)
+    written = answer.chunk(first)
+    assert not answer.is_whole
+    answer.take(last)
+    assert answer.is_whole
+    written += answer.chunk(last, USAGE)
+    head = (
+        b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,'
+        b'"model":"m","choices":['
+    )
+    assert written.split(b"\n\n") == [
+        head + b'{"index":0,"delta":{"role":"assistant","content":"He"},"logprobs":null,'
+        b'"finish_reason":null}]}',
+        head + b'{"index":0,"delta":{"content":"l\\"\\n\xe2\x80\xa8"},"logprobs":null,'
+        b'"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,'
+        b'"cost":"0.000007","cost_nano":7000,"receipt_id":"r-1","counted_by":"gateway"}}',
+        b"",
+    ]
+    assert answer.usage_event(USAGE).startswith(head[:-1] + b'[],"usage":{')
+
+
+def test_a_whole_answer_to_the_byte() -> None:
+    answer = an_answer()
+    answer.take(Delta(1, [ChoiceDelta(content="Hi", finish_reason="length")]))
+    answer.finish(End(2, prompt_tokens=3, completion_tokens=2))
+    assert (answer.prompt_reported, answer.completion_reported) == (3, 2)
+    assert json.loads(answer.completion(USAGE)) == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1_700_000_000,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hi"},
+                "logprobs": None,
+                "finish_reason": "length",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 2,
+            "total_tokens": 5,
+            "cost": "0.000007",
+            "cost_nano": 7_000,
+            "receipt_id": "r-1",
+            "counted_by": "gateway",
+        },
+    }
+
+
+def test_one_event_a_choice_and_every_choice_is_waited_for() -> None:
+    answer = an_answer(choices=2)
+    frame = Delta(
+        1, [ChoiceDelta(index=1, content="b", finish_reason="stop"), ChoiceDelta(index=0, content="a")]
+    )
+    answer.take(frame)
+    assert answer.chunk(frame).count(b"data: ") == 2
+    assert not answer.is_whole
+    answer.take(Delta(2, [ChoiceDelta(index=0, finish_reason="stop")]))
+    assert answer.is_whole
+    indexes = [choice["index"] for choice in json.loads(answer.completion(USAGE))["choices"]]
+    assert indexes == [0, 1]
+
+
+def test_a_stray_choice_adds_nothing() -> None:
+    answer = an_answer()
+    with pytest.raises(ChoiceUnknown):
+        answer.take(Delta(1, [ChoiceDelta(content="a"), ChoiceDelta(index=1, content="b")]))
+    assert answer.written() == []
+    assert not answer.has_begun
+
+
+def test_a_frame_of_prompt_ids_is_no_beginning() -> None:
+    answer = an_answer()
+    answer.take(Delta(1, [], prompt_token_ids=[1, 2], prompt_tokens=2))
+    assert not answer.has_begun
+    assert answer.prompt_reported == 2
+    assert not answer.is_whole
+
+
+def test_what_was_written_is_what_is_counted() -> None:
+    answer = an_answer()
+    call = ToolCallDelta(0, "id", "f", '{"a"')
+    answer.take(Delta(1, [ChoiceDelta(reasoning="hm", token_ids=[1])]))
+    answer.take(Delta(2, [ChoiceDelta(content="yes", token_ids=[2, 3])]))
+    answer.take(Delta(3, [ChoiceDelta(tool_calls=[call], token_ids=[4])]))
+    answer.take(Delta(4, [ChoiceDelta(tool_calls=[ToolCallDelta(0, arguments=":1}")], token_ids=[5])]))
+    answer.take(Delta(5, [ChoiceDelta(finish_reason="stop", stop_reason="\n", token_ids=[6])]))
+    (written,) = answer.written()
+    assert list(written.ids) == [1, 2, 3, 4, 5, 6]
+    assert (written.reasoning, written.text, list(written.calls)) == ("hm", "yes", ['f{"a":1}'])
+    assert (written.has_all_ids, written.stop_reason) == (True, "\n")
+    answer.take(Delta(6, [ChoiceDelta(content="without ids")]))
+    assert not answer.written()[0].has_all_ids
+
+
+def test_logprobs_keep_openais_shape() -> None:
+    answer = an_answer()
+    entry = TokenLogprob("Hi", -0.5, [72, 105], [TopLogprob("Hi", -0.5, [72, 105])])
+    frame = Delta(1, [ChoiceDelta(content="Hi", logprobs=[entry], finish_reason="stop")])
+    answer.take(frame)
+    expected = {
+        "content": [
+            {
+                "token": "Hi",
+                "logprob": -0.5,
+                "bytes": [72, 105],
+                "top_logprobs": [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105]}],
+            }
+        ]
+    }
+    assert json.loads(answer.completion(USAGE))["choices"][0]["logprobs"] == expected
+    assert json.loads(answer.chunk(frame)[6:])["choices"][0]["logprobs"] == expected
+
+
+def test_a_reason_we_do_not_know_is_stop() -> None:
+    answer = an_answer()
+    answer.take(Delta(1, [ChoiceDelta(content="", finish_reason="whatever\r\n")]))
+    assert answer.finish_reason == "stop"
+
+
+def test_an_error_is_one_event() -> None:
+    assert error_event({"error": {"message": "a\n\nb"}}) == b'data: {"error":{"message":"a\\n\\nb"}}\n\n'
