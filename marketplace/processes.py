@@ -24,6 +24,7 @@ from marketplace.deposits.early import EarlyCredit
 from marketplace.deposits.solana_sweeps import solana_sweeper
 from marketplace.deposits.sweeper import EvmSweeper, SweepPolicy
 from marketplace.ledger.partitions import ensure_partitions
+from marketplace.ledger.rollups import roll_up
 from marketplace.platform import database
 from marketplace.platform.clock import Clock, SystemClock
 from marketplace.platform.errors import SetupFault
@@ -36,6 +37,7 @@ SOLANA_GAS_KEY: Final = "gas-solana.key"
 SOLANA_POOL_SEED: Final = "solana-pool.seed"
 KEEPING_S: Final = 1.0
 DAY_S: Final = 86_400
+ROLL_UP_S: Final = 60
 
 _log = structlog.get_logger()
 
@@ -104,6 +106,7 @@ async def run_settler(settings: Settings, which: Sequence[Chain]) -> None:
             )
             group.create_task(_repeat(keep, stop, what=f"deposit addresses of {chain}"))
         group.create_task(_keep_partitions(engine, stop))
+        group.create_task(_keep_rollups(engine, stop))
 
 
 async def _sweeps(
@@ -166,6 +169,18 @@ async def _keep_partitions(engine: AsyncEngine, stop: asyncio.Event) -> None:
         except Exception:
             _log.exception("partitions could not be made ahead")
         await _wait(stop, DAY_S)
+
+
+async def _keep_rollups(engine: AsyncEngine, stop: asyncio.Event) -> None:
+    """Add what was posted to the daily sums, every ROLL_UP_S seconds."""
+    while not stop.is_set():
+        try:
+            async with database.transaction(engine) as connection:
+                while await roll_up(connection):
+                    continue
+        except Exception:
+            _log.exception("daily sums wait")
+        await _wait(stop, ROLL_UP_S)
 
 
 async def _wait(stop: asyncio.Event, seconds: float) -> None:
