@@ -230,8 +230,9 @@ async def _changes(engine: AsyncEngine, clock: Clock, person_id: UUID) -> AsyncI
     told: dict[UUID, DepositItem] = {}
     _open_streams[0] += 1
     try:
-        ends, quiet = clock.monotonic() + STREAM_S_MAX, 0.0
-        while clock.monotonic() < ends:
+        ends_at = clock.monotonic() + STREAM_S_MAX
+        quiet_s = 0.0
+        while clock.monotonic() < ends_at:
             async with transaction(engine) as conn:
                 heads = await _heads(conn)
                 rows = (await conn.execute(statement)).all()
@@ -239,9 +240,9 @@ async def _changes(engine: AsyncEngine, clock: Clock, person_id: UUID) -> AsyncI
             for item in fresh:
                 told[item.id] = item
                 yield f"event: deposit\ndata: {item.model_dump_json()}\n\n"
-            quiet = 0.0 if fresh else quiet + STREAM_POLL_S
-            if quiet >= STREAM_BEAT_S:
-                quiet = 0.0
+            quiet_s = 0.0 if fresh else quiet_s + STREAM_POLL_S
+            if quiet_s >= STREAM_BEAT_S:
+                quiet_s = 0.0
                 yield ": still here\n\n"
             await asyncio.sleep(STREAM_POLL_S)
     finally:

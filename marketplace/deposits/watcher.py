@@ -94,9 +94,9 @@ class Watcher:
     _cursor: Cursor | None = None
     _addresses: KnownAddresses = field(init=False)
     _halt_told: bool = False
-    _progress: tuple[float, int] | None = None
+    _caught_up_from_at: tuple[float, int] | None = None
     """Since when, and from which height, this watcher has been catching up."""
-    _progress_told: float = 0.0
+    _progress_told_at: float = 0.0
 
     def __post_init__(self) -> None:
         self._addresses = KnownAddresses(self.rules.chain, self.rules.escrow)
@@ -363,12 +363,12 @@ class Watcher:
         height = self._cursor.window.final.height if self._cursor is not None else before
         now = self.clock.monotonic()
         if target - height <= self.pace.blocks_per_tick:
-            self._progress = None
+            self._caught_up_from_at = None
             return
-        began, first = self._progress or (now, before)
-        self._progress = began, first
-        if now - self._progress_told >= PROGRESS_EVERY_S and now > began:
-            self._progress_told = now
+        began, first = self._caught_up_from_at or (now, before)
+        self._caught_up_from_at = began, first
+        if now - self._progress_told_at >= PROGRESS_EVERY_S and now > began:
+            self._progress_told_at = now
             speed = (height - first) / (now - began)
             _log.info(
                 "catching up",

@@ -25,7 +25,8 @@ STATEMENTS: Final = (
     )""",
     """
     INSERT INTO payout_rules (large_above_micro, large_approvals, daily_micro_max, actor, reason, at)
-    VALUES (10000000000, 3, 100000000000, 'migration', 'three people above $10,000; $100,000 a day', now())""",
+    VALUES (10000000000, 3, 100000000000, 'migration',
+            'three people above $10,000; $100,000 a day', now())""",
     # What an operator must be told; whoever delivers notices sets delivered_at.
     """
     CREATE TABLE settlement_notices (
