@@ -167,6 +167,7 @@ class RunningGateway:
     operator: UUID
     owner: AsyncEngine
     nats: EmbeddedNats
+    server: uvicorn.Server
     nodes: list[StubNode] = field(default_factory=list)
 
     @property
@@ -319,7 +320,7 @@ async def running_gateway(
         while not http.started:
             await asyncio.sleep(0.01)
         running = RunningGateway(
-            f"http://127.0.0.1:{settings.api_port}", process, key, person, operator, owner, server
+            f"http://127.0.0.1:{settings.api_port}", process, key, person, operator, owner, server, http
         )
         try:
             yield running

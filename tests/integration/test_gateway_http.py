@@ -404,6 +404,33 @@ async def test_what_the_poster_does_not_take_is_posted_later(gateway: RunningGat
     await gateway.assert_proved()
 
 
+async def test_a_request_that_is_cancelled_while_it_is_billed_is_billed(gateway: RunningGateway) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def answer(node: StubNode, request: protocol.Request, reply: str) -> None:
+        asked.set()
+        await go_on.wait()
+        await saying(["Hel", "lo"])(node, request, reply)
+
+    await gateway.add_node(answer)
+    async with gateway.owner.connect() as blocker:
+        asking = asyncio.create_task(gateway.chat(STREAM))
+        await asked.wait()
+        # The bill needs the operator's account, which nobody has asked for yet.
+        await blocker.execute(text("LOCK TABLE accounts IN ACCESS EXCLUSIVE MODE"))
+        go_on.set()
+        async with asyncio.timeout(5):
+            while not gateway.process.chat._billing._tasks:
+                await asyncio.sleep(0.01)
+        for task in list(gateway.server.server_state.tasks):
+            task.cancel()
+        assert "gateway_stopping" in (await asking).text
+        await blocker.rollback()
+    row = await gateway.only_row()
+    assert (row["status"], row["cost_nano"]) == (200, _priced(5))
+    await gateway.assert_proved()
+
+
 async def test_a_stopping_gateway_bills_what_it_has_delivered(
     database_url: str, nats_server: EmbeddedNats, tmp_path: Path
 ) -> None:
