@@ -31,6 +31,7 @@ def pytest_runtest_setup() -> None:
     socket_allow_hosts(["127.0.0.1", "::1"], allow_unix_socket=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests with a real engine on one worker, first: they take longest and two engines starve."""
     for item in items:
@@ -50,7 +51,9 @@ def postgres_url() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="tollway-tests-") as name:
         folder = Path(name)
         folder.chmod(0o755)
-        server = EmbeddedPostgres(folder / "postgres")
+        # Hundreds of databases are made and dropped; without fsync a killed server still loses nothing,
+        # only a machine without power would.  Tests of durability start servers of their own.
+        server = EmbeddedPostgres(folder / "postgres", {"fsync": "off", "full_page_writes": "off"})
         server.start()
         try:
             yield server.url("tollway")

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -120,8 +121,10 @@ class EmbeddedPostgres:
     `start` is idempotent on its folder; a folder used by a live server raises ServerFault.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, settings: Mapping[str, str] | None = None) -> None:
+        """`settings` are added to (or replace) our own server parameters."""
         require_linux("the embedded PostgreSQL")
+        self._settings = {**_SETTINGS, **(settings or {})}
         self._owner = unprivileged_owner()
         self._place = _place(home.resolve(), self._owner)
         self._log = home.resolve().parent / f"{home.name}.log"
@@ -161,7 +164,7 @@ class EmbeddedPostgres:
         if not (self._data / "PG_VERSION").exists():
             self._initialise()
         self._wait_for_predecessor()
-        settings = [f"-c{name}={value}" for name, value in _SETTINGS.items()]
+        settings = [f"-c{name}={value}" for name, value in self._settings.items()]
         self._child = start_child(
             [str(self.binaries / "postgres"), "-D", str(self._data), "-k", str(place.socket), *settings],
             log=self._log,
