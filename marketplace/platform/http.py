@@ -34,6 +34,7 @@ TYPE_BY_STATUS = {
     422: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
+    502: "server_error",
     503: "service_unavailable",
 }
 
