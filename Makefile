@@ -4,10 +4,10 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 BIN := .venv/bin
 
-.PHONY: help setup demo up down test check format bench prove lock
+.PHONY: help setup demo up down test test-slow check format bench prove lock
 
 help: ## list the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install everything into this checkout (Python 3.11+, Node.js and npm are all it needs)
 	@python3 setup/setup.py
@@ -22,7 +22,10 @@ down: ## end what `make up` started
 	@exec $(BIN)/tollway down
 
 test: setup check ## every check and every test, with the real vLLM
-	@exec $(BIN)/pytest -n 2 --dist loadgroup --durations 15
+	@exec $(BIN)/pytest -n 2 --dist loadgroup -m 'not slow' --durations 15
+
+test-slow: setup ## the tests that kill and restart whole stacks and batches at every point (half an hour)
+	@exec $(BIN)/pytest -m slow --durations 15
 
 check: ## format, lint, types, import rules, tidy
 	@$(BIN)/ruff format --check .

@@ -116,6 +116,7 @@ def _is_ready(api: str) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_start_cut_short_is_finished_by_the_next(folder: Path) -> None:
     """The whole process group dies during the first start, make during the second; the third comes up."""
     group = Up(folder)
@@ -148,6 +149,7 @@ def test_a_start_cut_short_is_finished_by_the_next(folder: Path) -> None:
     assert "No stack runs here" in tollway("down", "--data-dir", str(folder)).stdout
 
 
+@pytest.mark.slow
 def test_given_servers_are_used_instead_of_our_own(folder: Path) -> None:
     """TOLLWAY_DATABASE_URL and TOLLWAY_NATS_URL; they live on when the stack ends."""
     postgres = EmbeddedPostgres(folder.with_name("theirs") / "postgres")

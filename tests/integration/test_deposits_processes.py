@@ -35,7 +35,7 @@ from marketplace.platform.settings import (
     settings_environment,
 )
 
-pytestmark = [pytest.mark.chains, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.chains, pytest.mark.timeout(180)]
 
 OWNERS = [bytes([i]) * 32 for i in (1, 2, 3)]
 SCRIPT = "from marketplace.cli import main; main()"

@@ -23,6 +23,8 @@ from marketplace.platform import database
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
 from marketplace.platform.errors import ServerFault
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("ledger_worker.py")
 COST = 1_000_000
 COMMITS = 8

@@ -32,7 +32,7 @@ from marketplace.settlement.settler import Pace, Settler
 from tests.settlement_parts import LIMITS, Stop, a_person, earn, posted
 from tests.settlement_rigs import PASSPHRASE, Rig, a_base_rig, a_solana_rig
 
-pytestmark = [pytest.mark.chains, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.chains, pytest.mark.timeout(300)]
 
 PAYEES = 3
 PACE = Pace(resend_s=3600, expire_s=0)
