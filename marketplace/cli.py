@@ -44,7 +44,7 @@ for name, group in (
     app.add_typer(group, name=name)
 
 out: Final = Console()
-err: Final = Console(stderr=True)
+err: Final = Console(stderr=True, soft_wrap=True)  # a path in an error is never cut
 
 DEFAULT_STACK: Final = Path("var/stack")
 DataDir = Annotated[Path, typer.Option("--data-dir", help="The stack's data folder.")]

@@ -23,7 +23,7 @@ sweep_app = typer.Typer(help="Solana sweeps: show, export, sign, approve, cancel
 deposits_app.add_typer(sweep_app, name="sweep")
 
 out: Final = Console()
-err: Final = Console(stderr=True)
+err: Final = Console(stderr=True, soft_wrap=True)  # a path in an error is never cut
 DataDir = Annotated[Path, typer.Option("--data-dir", help="The stack's data folder.")]
 ChainOption = Annotated[Chain, typer.Option("--chain", help="ethereum, base or solana.")]
 Actor = Annotated[str, typer.Option("--as", help="Who decides; kept for ever.")]
