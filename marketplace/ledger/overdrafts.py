@@ -29,7 +29,7 @@ from marketplace.ledger.money import NANO_PER_DOLLAR, ZERO, Nano
 from marketplace.ledger.posting import lock_balances
 
 PLATFORM_CAP: Final = Nano(50 * NANO_PER_DOLLAR)
-"""Σ of all overdrafts at any moment: INVARIANTS, policy "Hold"."""
+"""Σ of all overdrafts at any moment: docs/promises.md, V4."""
 LIMIT: Final = Nano(NANO_PER_DOLLAR)
 """What a buyer without a limit of his own may lack: a long answer of a dear model."""
 
