@@ -4,7 +4,7 @@
         async for check in prove(conn):
             ...                     # Check(name, ok, detail)
 
-Names are those of docs/promises.md: L1 to L10, S2, V3, V4.  Nothing is repaired: a failed check halts payouts.
+Names are those of docs/promises.md: L1 to L10, S2, V3, V4.  Nothing is repaired: a failure halts payouts.
 """
 
 from __future__ import annotations
