@@ -77,7 +77,8 @@ async def create_database(url: str, *, template: str | None = None) -> None:
                 "SELECT 1 FROM pg_database WHERE datname = $1", (parsed.database,)
             )
             if found.first() is None:
-                suffix = f' TEMPLATE "{template}"' if template else ""
+                # Copying files takes 0.05 s, PostgreSQL's default of logging each page 0.27 s
+                suffix = f' TEMPLATE "{template}" STRATEGY FILE_COPY' if template else ""
                 await connection.exec_driver_sql(f'CREATE DATABASE "{parsed.database}"{suffix}')
     finally:
         await engine.dispose()
