@@ -154,6 +154,7 @@ class Request(msgspec.Struct, tag="request", frozen=True):
     The agent sets `stream`, usage options and `return_token_ids` itself and drops what it finds of them.
     `stream` says whether the buyer streams; if not, the agent gathers the answer into few `Delta`s.
     `deadline_ms` is how long the node may take, counted from receipt.
+    `kind` is `chat` (the body has `messages`) or `completion` (it has a `prompt`).
     """
 
     v: int

@@ -352,7 +352,7 @@ def _larger(old: int | None, new: int | None) -> int | None:
 
 
 def _body_of(request: Request) -> dict[str, Any]:
-    if request.kind != "chat":
+    if request.kind not in {"chat", "completion"}:
         raise RelayError(
             FailureCode.BAD_REQUEST, f"this node does not do {request.kind!r}", is_retriable=True
         )
@@ -362,6 +362,8 @@ def _body_of(request: Request) -> dict[str, Any]:
         raise RelayError(FailureCode.BAD_REQUEST, "the body is not JSON", is_retriable=False) from error
     if not isinstance(body, dict):
         raise RelayError(FailureCode.BAD_REQUEST, "the body is not a JSON object", is_retriable=False)
+    if ("prompt" in body) != (request.kind == "completion"):
+        raise RelayError(FailureCode.BAD_REQUEST, f"the body is no {request.kind}", is_retriable=False)
     return body
 
 

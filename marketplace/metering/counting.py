@@ -120,27 +120,41 @@ class TokenCounter:
         self._special_ids = frozenset(number for number, token in added.items() if token.special)
 
     def prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Render the prompt the engine will see; PromptRefused if the template refuses these messages."""
+        """Render the prompt the engine will see; PromptRefused if the template refuses these messages.
+
+        `variables` are what the request says to the template beside messages and tools.
+        """
         try:
             return self._template.render(
                 messages=conversation(
                     messages, in_parts=self._in_parts, knows_developer=self._knows_developer
                 ),
                 tools=tools_for_template(tools),
-                documents=None,
-                add_generation_prompt=True,
-                **self._special,
-            )
+                **{
+                    **self._special, **(variables or {}), "documents": None, "add_generation_prompt": True,
+                },
+            )  # fmt: skip
         except _REFUSALS as e:
             raise PromptRefused(f"the model's chat template refuses these messages: {e}") from e
 
     def prompt_ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Give the token ids of the prompt the engine will see; raises PromptRefused."""
-        return list(self._tokenizer.encode(self.prompt(messages, tools), add_special_tokens=False).ids)
+        rendered = self.prompt(messages, tools, variables)
+        return list(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
+
+    def plain_prompt_tokens(self, text: str) -> int:
+        """Count a prompt that goes through no template, with the marks its tokenizer adds."""
+        return len(self._tokenizer.encode(text, add_special_tokens=True).ids)
 
     def text_tokens(self, text: str) -> int:
         """Count a text's own tokens: the fallback where no ids can be believed."""

@@ -132,11 +132,17 @@ class _TokenLogprob(msgspec.Struct):
 
 class _Logprobs(msgspec.Struct):
     content: list[_TokenLogprob] | None = None
+    # a text completion's
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
 
 
 class _Choice(msgspec.Struct):
     index: ChoiceIndex = 0
     delta: _Delta | None = None
+    text: str | None = None
+    """A text completion's; a chat's is in `delta`."""
     logprobs: _Logprobs | None = None
     finish_reason: ShortText | None = None
     stop_reason: str | int | None = None
@@ -184,7 +190,7 @@ def _choice(choice: _Choice) -> ChoiceDelta:
     return ChoiceDelta(
         index=choice.index,
         role=delta.role,
-        content=delta.content,
+        content=choice.text if choice.delta is None else delta.content,
         reasoning=delta.reasoning if delta.reasoning is not None else delta.reasoning_content,
         tool_calls=[_tool_call(call) for call in delta.tool_calls] if delta.tool_calls else None,
         logprobs=_logprobs(choice.logprobs),
@@ -200,8 +206,10 @@ def _tool_call(call: _ToolCall) -> ToolCallDelta:
 
 
 def _logprobs(logprobs: _Logprobs | None) -> list[TokenLogprob] | None:
-    if logprobs is None or logprobs.content is None:
+    if logprobs is None:
         return None
+    if logprobs.content is None:
+        return _text_logprobs(logprobs)
     return [
         TokenLogprob(
             token=entry.token,
@@ -210,6 +218,22 @@ def _logprobs(logprobs: _Logprobs | None) -> list[TokenLogprob] | None:
             top=[TopLogprob(top.token, top.logprob, top.bytes) for top in entry.top_logprobs or ()],
         )
         for entry in logprobs.content
+    ]
+
+
+def _text_logprobs(logprobs: _Logprobs) -> list[TokenLogprob] | None:
+    """Give a text completion's columns as rows; None where they are missing or of different lengths."""
+    tokens, chosen = logprobs.tokens or [], logprobs.token_logprobs or []
+    tops = logprobs.top_logprobs or [None] * len(tokens)
+    if not tokens or not len(tokens) == len(chosen) == len(tops):
+        return None
+    return [
+        TokenLogprob(
+            token=token,
+            logprob=0.0 if logprob is None else logprob,
+            top=[TopLogprob(name, value) for name, value in (top or {}).items()],
+        )
+        for token, logprob, top in zip(tokens, chosen, tops, strict=True)
     ]
 
 
@@ -275,8 +299,9 @@ class OpenAIClient:
             self._session = None
 
     async def chat(self, body: dict[str, Any], model: str) -> AsyncGenerator[list[EngineEvent], None]:
-        """Run one chat completion and give back its events, those that arrived together together.
+        """Run one completion and give back its events, those that arrived together together.
 
+        A body with a `prompt` is a text completion, any other a chat.
         Reading is the back-pressure: while the caller does not ask, the engine's socket fills up.
         Closing the generator drops the connection, which makes vLLM abort the request.
         """
@@ -293,11 +318,12 @@ class OpenAIClient:
 
     async def _post(self, body: dict[str, Any], model: str) -> aiohttp.ClientResponse:
         kept = {name: value for name, value in body.items() if name not in ("stream", *_OPTION_NAMES)}
+        path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
         while True:
             dialect = self._dialect
             content = msgspec.json.encode({**kept, "model": model, "stream": True, **_DIALECTS[dialect]})
             response = await self._open().post(
-                f"{self.url}/v1/chat/completions", data=content, headers=self._headers, allow_redirects=False
+                f"{self.url}{path}", data=content, headers=self._headers, allow_redirects=False
             )
             if response.status == 200:
                 return response
