@@ -45,8 +45,8 @@ CLOCKS: Final = {
 }
 CLOCKLESS: Final = (
     *(f"marketplace/{name}/" for name in (
-        "accounts", "catalog", "deposits", "fabric", "gateway", "ledger", "metering", "platform", "routing",
-        "settlement",
+        "accounts", "catalog", "deposits", "fabric", "gateway", "ledger", "metering", "notices", "platform",
+        "routing", "settlement",
     )),
     *(f"chain/{name}" for name in (
         "evm/", "solana/", "quorum.py", "headers.py", "deposits.py", "payouts.py",
@@ -86,7 +86,8 @@ FOREIGN: Final = {
 DOMAIN_PACKAGES: Final = (
     "chain", "chain/solana", "node_agent",
     *(f"marketplace/{name}" for name in (
-        "accounts", "catalog", "deposits", "fabric", "gateway", "ledger", "metering", "routing", "settlement",
+        "accounts", "catalog", "deposits", "fabric", "gateway", "ledger", "metering", "notices", "routing",
+        "settlement",
     )),
 )  # fmt: skip
 TRACKED_BYTES_MAX: Final = 1024 * 1024
