@@ -20,7 +20,7 @@ from marketplace.accounts.authenticate import AccountAuthenticator, bearer
 from marketplace.accounts.sessions import close_session, open_session
 from marketplace.accounts.tokens import session_digester
 from marketplace.platform.database import transaction
-from marketplace.platform.http import AccountIdentity, Refusal, Services, ServicesDep
+from marketplace.platform.http import AccountIdentity, Refusal, RefusalOut, Services, ServicesDep
 
 router = APIRouter(prefix="/api", tags=["accounts"])
 
@@ -175,23 +175,12 @@ class KeyList(BaseModel):
     data: list[KeyBody]
 
 
-class RefusedError(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class RefusedBody(BaseModel):
-    error: RefusedError
-
-
 def _refused(**also: str) -> dict[int | str, dict[str, Any]]:
     """Document a route's refusals: the common ones, and `also` (s409="why")."""
     reasons = {"default": "Refused, in OpenAI's error shape (400 malformed, 429 too many requests, 503)"}
     reasons |= {status.removeprefix("s"): why for status, why in also.items()}
     return {
-        int(status) if status.isdigit() else status: {"model": RefusedBody, "description": why}
+        int(status) if status.isdigit() else status: {"model": RefusalOut, "description": why}
         for status, why in reasons.items()
     }
 

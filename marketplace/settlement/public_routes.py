@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Query
@@ -21,6 +21,7 @@ from marketplace.platform.http import (
 )
 from marketplace.settlement import batches, statement, treasury
 from marketplace.settlement.digest import merkle_proof
+from marketplace.settlement.errors import NotFound
 
 router = APIRouter()
 """Included by `routes.router`, under /api."""
@@ -57,6 +58,21 @@ class BatchPublic(BaseModel):
     merkle_root: str
     fence: str
     tx: str | None = Field(description="the transaction that paid it, once final")
+
+    @classmethod
+    def of(cls, batch: batches.Batch, tx: str | None) -> Self:
+        return cls(
+            id=batch.id,
+            chain=batch.chain,
+            status=batch.status,
+            count=batch.count,
+            total=str(batch.total),
+            total_micro=batch.total.n,
+            digest=batch.digest.hex(),
+            merkle_root=batch.merkle_root.hex(),
+            fence=batch.fence,
+            tx=tx,
+        )
 
 
 class Transparency(BaseModel):
@@ -158,22 +174,24 @@ async def get_transparency(services: ServicesDep) -> Transparency:
     )
     return Transparency(
         chains=named,
-        batches=[
-            BatchPublic(
-                id=b.id,
-                chain=b.chain,
-                status=b.status,
-                count=b.count,
-                total=str(b.total),
-                total_micro=b.total.n,
-                digest=b.digest.hex(),
-                merkle_root=b.merkle_root.hex(),
-                fence=b.fence,
-                tx=paid.get(b.id),
-            )
-            for b in found
-        ],
+        batches=[BatchPublic.of(batch, paid.get(batch.id)) for batch in found],
     )
+
+
+@router.get(
+    "/transparency/batches/{batch_id}",
+    responses={404: {"model": RefusalOut, "description": "no such batch"}},
+    tags=["public"],
+)
+async def get_public_batch(services: ServicesDep, batch_id: UUID) -> BatchPublic:
+    """One batch of any age, to check a payout's inclusion proof against.  No credential."""
+    async with transaction(services.engine) as conn:
+        try:
+            batch = await batches.find_batch(conn, batch_id)
+        except NotFound as e:
+            raise Refusal(404, e.code, str(e)) from e
+        paid = await batches.final_transactions(conn, [batch_id])
+    return BatchPublic.of(batch, paid.get(batch_id))
 
 
 @router.get(

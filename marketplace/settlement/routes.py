@@ -21,7 +21,15 @@ from chain.units import Micro, parse_usdc
 from marketplace.ledger.errors import InsufficientFunds
 from marketplace.ledger.money import dollars
 from marketplace.platform.database import transaction
-from marketplace.platform.http import AccountIdentity, AdminIdentity, Identity, Refusal, Services, ServicesDep
+from marketplace.platform.http import (
+    AccountIdentity,
+    AdminIdentity,
+    Identity,
+    Refusal,
+    RefusalOut,
+    Services,
+    ServicesDep,
+)
 from marketplace.settlement import (
     address_book,
     batches,
@@ -61,26 +69,11 @@ _ANSWERS: Final[dict[type[SettlementRefusal], int]] = {
 }
 
 
-class ErrorDetail(BaseModel):
-    """Why a request was declined."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Every refusal's body."""
-
-    error: ErrorDetail
-
-
 def _errors(**reasons: str) -> dict[int | str, dict[str, Any]]:
     """Document refusals: `s404="no such batch"`."""
     always = {"s401": "no valid credential", "s403": "the credential lacks the scope"}
     return {
-        int(status[1:]): {"model": ErrorBody, "description": why}
+        int(status[1:]): {"model": RefusalOut, "description": why}
         for status, why in {**always, **reasons}.items()
     }
 
