@@ -2,30 +2,36 @@
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn, get_args
+from typing import Annotated, Final, get_args
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from node_agent import (
+    account_commands,
+    config_commands,
+    doctor_command,
+    engine_commands,
+    service_commands,
+    status_view,
+)
 from node_agent import config as settings
 from node_agent.config import ConfigError, EngineSettings, Model
-from node_agent.enroll import EnrollError, enroll
-from node_agent.identity import IdentityError, create_identity, load_identity
+from node_agent.core_files import forbid_core_files
+from node_agent.enroll import enroll
+from node_agent.identity import create_identity, load_identity
 from node_agent.prices import Per, PriceError, format_price, parse_price
-from node_agent.service import LocalStatus, Service, read_local_status
+from node_agent.service import Service
+from node_agent.terminal import HOME, DataDir, Json, out, plain_errors, print_json, version
 
-STALE_MS: Final = 20_000
 LOCK_FILE: Final = "agent.lock"
 
 app = typer.Typer(
@@ -38,23 +44,15 @@ models_app = typer.Typer(help="Which models you offer, and from which engine.", 
 app.add_typer(prices_app, name="prices")
 app.add_typer(models_app, name="models")
 
-_out = Console()
-_err = Console(stderr=True)
-
-DataDir = Annotated[
-    Path,
-    typer.Option("--data-dir", envvar="TOLLWAY_NODE_DIR", help="Where key, settings and journal are kept."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-_HOME: Final = Path.home() / ".tollway-node"
-
-
-def version() -> str:
-    """The installed version; "0" in a bare source tree."""
-    try:
-        return importlib.metadata.version("tollway")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
+for commands in (
+    status_view,
+    account_commands,
+    doctor_command,
+    config_commands,
+    service_commands,
+    engine_commands,
+):
+    commands.add_to(app)
 
 
 # -- enrol ----------------------------------------------------------------------------------------
@@ -66,12 +64,12 @@ def enroll_command(
     api: Annotated[
         str, typer.Option("--api", help="The marketplace's address, such as https://tollway.example.")
     ],
-    data_dir: DataDir = _HOME,
+    data_dir: DataDir = HOME,
     name: Annotated[str, typer.Option(help="A name for this machine.")] = "",
     as_json: Json = False,
 ) -> None:
     """Bind this machine to your operator account."""
-    with _plain_errors():
+    with plain_errors():
         identity = create_identity(data_dir)
         request = identity.enroll_request(
             token=token, name=name, time_ms=time.time_ns() // 1_000_000, agent_version=version()
@@ -79,10 +77,10 @@ def enroll_command(
         reply = asyncio.run(enroll(api, request))
         settings.write_first_config(data_dir, reply, api=api, name=name)
     if as_json:
-        _print_json({"node_id": reply.node_id, "public_key": identity.public_key, "data_dir": str(data_dir)})
+        print_json({"node_id": reply.node_id, "public_key": identity.public_key, "data_dir": str(data_dir)})
         return
-    _out.print(f"This machine is node [bold]{reply.node_id}[/] of {reply.operator or 'your account'}.")
-    _out.print(
+    out.print(f"This machine is node [bold]{reply.node_id}[/] of {reply.operator or 'your account'}.")
+    out.print(
         f"Now add a model: tollway-node models add NAME …   (settings: {data_dir / settings.CONFIG_FILE})"
     )
 
@@ -92,7 +90,7 @@ def enroll_command(
 
 @app.command()
 def run(
-    data_dir: DataDir = _HOME,
+    data_dir: DataDir = HOME,
     nats_url: Annotated[
         str,
         typer.Option(envvar="TOLLWAY_NODE_NATS_URL", help="Another fabric address than the enrolled one."),
@@ -100,7 +98,7 @@ def run(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; running requests are finished first, a second signal cuts them."""
-    with _plain_errors():
+    with plain_errors():
         level = logging.getLevelNamesMapping().get(log_level.upper())
         if level is None:
             raise ConfigError(f"no log level {log_level!r}; choose debug, info, warning or error")
@@ -146,70 +144,13 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-# -- look -----------------------------------------------------------------------------------------
-
-
-@app.command()
-def status(data_dir: DataDir = _HOME, as_json: Json = False) -> None:
-    """Show what the running agent does; exit status 1 if none runs."""
-    found = read_local_status(data_dir)
-    is_running = found is not None and _is_current(found)
-    if as_json:
-        _print_json({"is_running": is_running, "status": msgspec.to_builtins(found) if is_running else None})
-    elif found is None or not is_running:
-        _out.print("No agent runs here. Start it: tollway-node run")
-    else:
-        _show(found)
-    if not is_running:
-        raise typer.Exit(1)
-
-
-def _is_current(found: LocalStatus) -> bool:
-    if time.time_ns() // 1_000_000 - found.time_ms > STALE_MS:
-        return False
-    try:
-        os.kill(found.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _show(found: LocalStatus) -> None:
-    link = "[green]connected[/]" if found.is_connected else "[red]not connected[/]"
-    draining = ", draining" if found.is_draining else ""
-    _out.print(f"node [bold]{found.node_id}[/], {link}{draining}, {found.running} running")
-    _out.print(
-        f"since start: {found.served} served, {found.failed} failed, "
-        f"{found.prompt_tokens} tokens in, {found.completion_tokens} out"
-    )
-    table = Table("model", "state", "running", "waiting", "cache", "capacity", "$ in / 1M", "$ out / 1M")
-    for model in found.models:
-        table.add_row(
-            model.name,
-            "ready" if model.is_ready else "not ready",
-            str(model.running),
-            str(model.waiting),
-            f"{model.kv_used_permille / 10:.0f} %",
-            str(model.capacity),
-            format_price(model.price_in),
-            format_price(model.price_out),
-        )
-    _out.print(table)
-    for engine in found.engines:
-        _out.print(
-            f"engine {engine.name}: {engine.state}, {engine.restarts} restarts {engine.last_error}".rstrip()
-        )
-
-
 # -- models and prices --------------------------------------------------------------------------------
 
 
 @models_app.command("show")
-def models_show(data_dir: DataDir = _HOME, as_json: Json = False) -> None:
+def models_show(data_dir: DataDir = HOME, as_json: Json = False) -> None:
     """List the models in the settings."""
-    with _plain_errors():
+    with plain_errors():
         config = settings.load_config(data_dir)
     _print_models(config, "1m", as_json=as_json)
 
@@ -231,11 +172,11 @@ def models_add(
     capacity: Annotated[int, typer.Option(help="Requests at once.")] = 16,
     engine_name: Annotated[str, typer.Option(help="The model's name in the engine, if another.")] = "",
     tokenizer_sha256: Annotated[str, typer.Option(help="Digest of the tokenizer.json in use.")] = "",
-    data_dir: DataDir = _HOME,
+    data_dir: DataDir = HOME,
     as_json: Json = False,
 ) -> None:
     """Offer a model, from a server you run (--attach) or one the agent starts (--recipe)."""
-    with _plain_errors():
+    with plain_errors():
         model = Model(
             name=name,
             input=Decimal(format_price(parse_price(price_in, _per(per)))),
@@ -281,11 +222,11 @@ def _engine_for(
 @prices_app.command("show")
 def prices_show(
     per: Annotated[str, typer.Option(help="Show per 1k or per 1m tokens.")] = "1m",
-    data_dir: DataDir = _HOME,
+    data_dir: DataDir = HOME,
     as_json: Json = False,
 ) -> None:
     """List prices."""
-    with _plain_errors():
+    with plain_errors():
         config = settings.load_config(data_dir)
         unit = _per(per)
     _print_models(config, unit, as_json=as_json)
@@ -297,11 +238,11 @@ def prices_set(
     price_in: Annotated[str | None, typer.Option("--input", help="Dollars per input tokens.")] = None,
     price_out: Annotated[str | None, typer.Option("--output", help="Dollars per output tokens.")] = None,
     per: Annotated[str, typer.Option(help="The prices given are per 1k or per 1m tokens.")] = "1m",
-    data_dir: DataDir = _HOME,
+    data_dir: DataDir = HOME,
     as_json: Json = False,
 ) -> None:
     """Change a model's price; a running agent takes it over within seconds."""
-    with _plain_errors():
+    with plain_errors():
         if price_in is None and price_out is None:
             raise PriceError("give --input, --output or both")
         unit = _per(per)
@@ -333,7 +274,7 @@ def _print_models(config: settings.Config, per: Per, *, as_json: bool) -> None:
             }
             for engine, model in config.models()
         ]
-        _print_json({"node_id": config.node_id, "models": models})
+        print_json({"node_id": config.node_id, "models": models})
         return
     table = Table("model", "engine", "context", "capacity", f"$ in / {per}", f"$ out / {per}")
     for engine, model in config.models():
@@ -341,30 +282,7 @@ def _print_models(config: settings.Config, per: Per, *, as_json: bool) -> None:
         table.add_row(
             model.name, f"{engine.name} ({engine.kind})", str(model.context), str(model.capacity), *prices
         )
-    _out.print(table)
-
-
-# -- the edge ---------------------------------------------------------------------------------------
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(msgspec.json.encode(content).decode() + "\n")
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turn what can go wrong for an operator into one sentence and exit status 1."""
-    try:
-        yield
-    except (ConfigError, IdentityError, EnrollError, PriceError) as error:
-        _end(str(error))
-    except OSError as error:
-        _end(f"{error.filename or 'the data folder'}: {error.strerror or error}")
-
-
-def _end(sentence: str) -> NoReturn:
-    _err.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
+    out.print(table)
 
 
 def main() -> None:

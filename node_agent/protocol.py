@@ -29,7 +29,9 @@ Prices are nano-dollars per million tokens.
 
 import base64
 import binascii
+import collections.abc
 import enum
+import hashlib
 import re
 from typing import Annotated, Final, NewType, TypeVar
 
@@ -122,6 +124,11 @@ def control_subject(node: NodeId) -> str:
 def node_subjects(node: NodeId) -> str:
     """All a node may subscribe to."""
     return f"node.{node}.>"
+
+
+def receipts_subject(node: NodeId) -> str:
+    """Where a node is shown receipts of what it served, to sign them too."""
+    return f"node.{node}.receipts"
 
 
 def status_subject(node: NodeId) -> str:
@@ -333,7 +340,7 @@ _status_decoder: Final = msgspec.msgpack.Decoder(Status)
 _Message = TypeVar("_Message")
 
 
-def encode(message: Request | Control | Frame | Status) -> bytes:
+def encode(message: "Request | Control | Frame | Status | Receipts | Countersigned") -> bytes:
     return _encoder.encode(message)
 
 
@@ -423,6 +430,220 @@ class ReplyReader:
 
 
 # ---------------------------------------------------------------------------------------------
+# Receipts (B1): what both sides sign of a served request.
+#
+# A statement is a JSON object, signed as the bytes it came in.  Statements of one node are gathered in
+# pages: the Merkle tree of RFC 6962 over a page (`receipt_leaf`, `merkle_root`).  The marketplace signs
+# `page_signing_bytes`, the node `countersigning_bytes`, each with Ed25519: one signature a page, and 32
+# bytes of proof per level to show that a statement is in it.
+
+STATEMENTS_MAX: Final = 512  # of a page; at the longest model name it still fits NATS' payload
+STATEMENT_BYTES_MAX: Final = 1_800
+RECEIPTS_BYTES_MAX: Final = 1024 * 1024
+COUNTERSIGNED_BYTES_MAX: Final = 8 * 1024
+RESPONSE_PURPOSE: Final = b"tollway response v1\n"
+_PAGE_PURPOSE: Final = b"tollway receipts v1\n"
+_COUNTERSIGNED_PURPOSE: Final = b"tollway receipts countersigned v1\n"
+
+
+class Statement(msgspec.Struct, frozen=True):
+    """What a receipt says.  Counts are as billed; money is nano-dollars, prices per million tokens."""
+
+    v: int
+    id: str
+    """The request's id, a UUID; the receipt's and the charge's too."""
+    time_ms: int
+    """When the request arrived."""
+    model: str
+    node: str
+    operator: str
+    request_sha256: str | None
+    """Of the body the buyer sent, byte for byte; None where a crash left only the charge."""
+    response_sha256: str | None
+    """`ResponseDigest` of what was delivered."""
+    prompt_tokens: int
+    completion_tokens: int
+    counted_by: str
+    counted_on: str | None
+    """`ids` the engine sampled, or the delivered `text` encoded again."""
+    price_version: int
+    price_in: int | None
+    price_out: int | None
+    cost_nano: int
+    operator_nano: int
+    status: int
+    finish_reason: str | None
+
+
+class Receipts(msgspec.Struct, tag="receipts", frozen=True):
+    """Marketplace → node: a page of statements about this node, signed by `public_key`."""
+
+    v: int
+    page: Annotated[str, msgspec.Meta(max_length=64)]
+    public_key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+    statements: Annotated[
+        list[Annotated[bytes, msgspec.Meta(max_length=STATEMENT_BYTES_MAX)]],
+        msgspec.Meta(min_length=1, max_length=STATEMENTS_MAX),
+    ]
+
+
+class Countersigned(msgspec.Struct, tag="countersigned", frozen=True):
+    """Node → marketplace: the node agrees with the page, but for the statements at `disputed`."""
+
+    signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+    disputed: Annotated[
+        list[Annotated[int, msgspec.Meta(ge=0, lt=STATEMENTS_MAX)]], msgspec.Meta(max_length=STATEMENTS_MAX)
+    ] = []
+
+
+_receipts_decoder: Final = msgspec.msgpack.Decoder(Receipts)
+_countersigned_decoder: Final = msgspec.msgpack.Decoder(Countersigned)
+_statement_decoder: Final = msgspec.json.Decoder(Statement)
+encode_statement: Final = msgspec.json.Encoder().encode
+
+
+def decode_receipts(data: bytes) -> Receipts:
+    """Give back the page in `data`; raises `ProtocolError`."""
+    return _decode(_receipts_decoder, data, RECEIPTS_BYTES_MAX, "page of receipts")
+
+
+def decode_countersigned(data: bytes) -> Countersigned:
+    """Give back the answer to a page; raises `ProtocolError`."""
+    return _decode(_countersigned_decoder, data, COUNTERSIGNED_BYTES_MAX, "countersignature")
+
+
+def decode_statement(data: bytes) -> Statement:
+    """Give back what a statement says; raises `ProtocolError`."""
+    if len(data) > STATEMENT_BYTES_MAX:
+        raise MessageTooLargeError(f"a statement has at most {STATEMENT_BYTES_MAX} bytes")
+    try:
+        return _statement_decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise MessageMalformedError(f"statement: {error}") from error
+
+
+def receipt_leaf(statement: bytes) -> bytes:
+    return hashlib.sha256(b"\x00" + statement).digest()
+
+
+def merkle_parent(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+def merkle_root(leaves: "collections.abc.Sequence[bytes]") -> bytes:
+    """The root over one or more leaves: a row is paired level by level, an odd last one moves up."""
+    row = list(leaves)
+    while len(row) > 1:
+        paired = [merkle_parent(row[at], row[at + 1]) for at in range(0, len(row) - 1, 2)]
+        row = paired + row[len(paired) * 2 :]
+    return row[0]
+
+
+def merkle_proof(leaves: "collections.abc.Sequence[bytes]", position: int) -> list[bytes]:
+    """The siblings from a leaf to the root, nearest first."""
+    row, proof = list(leaves), []
+    while len(row) > 1:
+        sibling = position ^ 1
+        if sibling < len(row):
+            proof.append(row[sibling])
+        paired = [merkle_parent(row[at], row[at + 1]) for at in range(0, len(row) - 1, 2)]
+        row = paired + row[len(paired) * 2 :]
+        position //= 2
+    return proof
+
+
+def root_from_proof(
+    leaf: bytes, position: int, count: int, proof: "collections.abc.Sequence[bytes]"
+) -> bytes:
+    """The root that a leaf at `position` of `count` leads to; raises `ProofInvalidError`."""
+    if not 0 <= position < count:
+        raise ProofInvalidError("the position is outside the page")
+    found, width, at, siblings = leaf, count, position, iter(proof)
+    while width > 1:
+        if at ^ 1 < width:
+            sibling = next(siblings, None)
+            if sibling is None:
+                raise ProofInvalidError("the proof is too short")
+            found = merkle_parent(sibling, found) if at % 2 else merkle_parent(found, sibling)
+        at, width = at // 2, (width + 1) // 2
+    if next(siblings, None) is not None:
+        raise ProofInvalidError("the proof is too long")
+    return found
+
+
+def page_signing_bytes(count: int, root: bytes) -> bytes:
+    """What the marketplace signs of a page."""
+    return _PAGE_PURPOSE + count.to_bytes(4, "big") + root
+
+
+def countersigning_bytes(count: int, root: bytes, disputed: "collections.abc.Sequence[int]") -> bytes:
+    """What the node signs of a page."""
+    return (
+        _COUNTERSIGNED_PURPOSE
+        + count.to_bytes(4, "big")
+        + root
+        + b"".join(position.to_bytes(4, "big") for position in disputed)
+    )
+
+
+def verify_page_signature(public_key: bytes, count: int, root: bytes, signature: bytes) -> None:
+    """Return if the marketplace's key signed this page; else raise `ProofInvalidError`."""
+    _check_ed25519(public_key, page_signing_bytes(count, root), signature)
+
+
+def verify_countersignature(
+    public_key: str, count: int, root: bytes, disputed: "collections.abc.Sequence[int]", signature: bytes
+) -> None:
+    """Return if the node's nkey signed this page; else raise `ProofInvalidError`."""
+    _check_ed25519(parse_public_key(public_key), countersigning_bytes(count, root, disputed), signature)
+
+
+class ResponseDigest:
+    """The hash of a delivered answer, however it was cut into pieces.
+
+    SHA-256 over `RESPONSE_PURPOSE` and, for each choice in order of index: its index, SHA-256 of its
+    reasoning, SHA-256 of its content, the number of its tool calls, and for each of them in order of
+    index SHA-256 of its name and SHA-256 of its arguments.  Numbers are 4 bytes, big endian; texts are
+    UTF-8, the pieces concatenated; a text that never came is the empty one.
+    """
+
+    def __init__(self) -> None:
+        self._choices: dict[int, _ChoiceDigest] = {}
+
+    def add(self, delta: ChoiceDelta) -> None:
+        """Take in a piece."""
+        choice = self._choices.get(delta.index)
+        if choice is None:
+            choice = self._choices[delta.index] = _ChoiceDigest()
+        if delta.content:
+            choice.content.update(delta.content.encode())
+        if delta.reasoning:
+            choice.reasoning.update(delta.reasoning.encode())
+        for call in delta.tool_calls or ():
+            name, arguments = choice.calls.setdefault(call.index, (hashlib.sha256(), hashlib.sha256()))
+            name.update((call.name or "").encode())
+            arguments.update((call.arguments or "").encode())
+
+    def digest(self) -> bytes:
+        whole = hashlib.sha256(RESPONSE_PURPOSE)
+        for index, choice in sorted(self._choices.items()):
+            whole.update(index.to_bytes(4, "big") + choice.reasoning.digest() + choice.content.digest())
+            whole.update(len(choice.calls).to_bytes(4, "big"))
+            for _, (name, arguments) in sorted(choice.calls.items()):
+                whole.update(name.digest() + arguments.digest())
+        return whole.digest()
+
+
+class _ChoiceDigest:
+    __slots__ = ("calls", "content", "reasoning")
+
+    def __init__(self) -> None:
+        self.reasoning, self.content = hashlib.sha256(), hashlib.sha256()
+        self.calls: dict[int, tuple[hashlib._Hash, hashlib._Hash]] = {}
+
+
+# ---------------------------------------------------------------------------------------------
 # Identity: enrolment (HTTP JSON, POST {api}/api/nodes/enroll) and the challenge at every connection.
 #
 # A node signs with an Ed25519 nkey of the user kind ("U…"). It connects to NATS with that key: the
@@ -499,10 +720,14 @@ def parse_public_key(text: str) -> bytes:
 
 
 def _check_signature(public_key: str, signed: bytes, signature: bytes) -> None:
-    from nacl.exceptions import BadSignatureError  # only the server side verifies
+    _check_ed25519(parse_public_key(public_key), signed, signature)
+
+
+def _check_ed25519(public_key: bytes, signed: bytes, signature: bytes) -> None:
+    from nacl.exceptions import BadSignatureError  # nobody verifies on the way of an answer
     from nacl.signing import VerifyKey
 
-    key = VerifyKey(parse_public_key(public_key))
+    key = VerifyKey(public_key)
     if len(signature) != _SIGNATURE_BYTES:
         raise ProofInvalidError("a signature has 64 bytes")
     try:

@@ -1,0 +1,7 @@
+"""Commands to come."""
+
+import typer
+
+
+def add_to(app: typer.Typer) -> None:
+    del app

@@ -1,0 +1,64 @@
+"""What every command of `tollway-node` shares: its options, its two ways to print, its errors."""
+
+import contextlib
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+
+from node_agent.account import AccountError
+from node_agent.chain_check import ChainUnreachableError
+from node_agent.config import ConfigError
+from node_agent.enroll import EnrollError
+from node_agent.identity import IdentityError
+from node_agent.prices import PriceError
+
+HOME: Final = Path.home() / ".tollway-node"
+
+DataDir = Annotated[
+    Path,
+    typer.Option("--data-dir", envvar="TOLLWAY_NODE_DIR", help="Where key, settings and journal are kept."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def version() -> str:
+    """The installed version; "0" in a bare source tree."""
+    try:
+        return importlib.metadata.version("tollway")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+out: Final = Console()
+err: Final = Console(stderr=True)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object on one line."""
+    sys.stdout.write(msgspec.json.encode(content).decode() + "\n")
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn what can go wrong for an operator into one sentence and exit status 1."""
+    try:
+        yield
+    except (
+        *(ConfigError, IdentityError, EnrollError, PriceError),
+        *(AccountError, ChainUnreachableError),
+    ) as error:
+        end(str(error))
+    except OSError as error:
+        end(f"{error.filename or 'the data folder'}: {error.strerror or error}")
+
+
+def end(sentence: str) -> NoReturn:
+    """Say why on standard error; exit status 1."""
+    err.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
