@@ -20,12 +20,12 @@ from typing import Final
 
 import msgspec
 
+from marketplace.routing.health import SUCCESS_PERMILLE_MIN
 from node_agent.protocol import NODE_SILENT_MS_MAX, NodeId
 
 BEST: Final = 3
 """R21: the draw is among so many."""
 RETRIES_MAX: Final = 2
-SUCCESS_PERMILLE_MIN: Final = 900
 
 
 class Exclusion(StrEnum):
@@ -71,6 +71,10 @@ class NodeView(msgspec.Struct, frozen=True):
     """None with too few recent requests to tell."""
     penalty_permille: int = 0
     """By recent failures; decays."""
+    tokens_per_s: int | None = None
+    """How fast it writes one stream; None until measured."""
+    is_probe_due: bool = False
+    """It has been failing, and one request may find out whether it still does (half-open)."""
     is_draining: bool = False
     is_ready: bool = True
     tokenizer_sha256: str = ""
@@ -198,7 +202,11 @@ def exclusion(view: NodeView, question: Question) -> Exclusion | None:
         return Exclusion.DRAINING
     if not view.is_ready:
         return Exclusion.NOT_READY
-    if view.success_permille is not None and view.success_permille < SUCCESS_PERMILLE_MIN:
+    if (
+        view.success_permille is not None
+        and view.success_permille < SUCCESS_PERMILLE_MIN
+        and not view.is_probe_due
+    ):
         return Exclusion.FAILING
     if view.running + view.waiting >= view.capacity:
         return Exclusion.FULL

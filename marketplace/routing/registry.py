@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
+from marketplace.fabric.floods import UnwantedCallback
 from marketplace.fabric.live import LiveModel, LiveNode
 from marketplace.routing.choice import NodeView
 from marketplace.routing.health import Health
@@ -101,8 +102,12 @@ class _Node:
 class Registry:
     """See the module's text. `clock_ms`: monotonic milliseconds."""
 
-    def __init__(self, clock_ms: Callable[[], int]) -> None:
+    def __init__(
+        self, clock_ms: Callable[[], int], *, on_unwanted: UnwantedCallback | None = None
+    ) -> None:
+        """`on_unwanted`: told of every status that came too soon."""
         self._clock_ms = clock_ms
+        self._on_unwanted = on_unwanted
         self._nodes: dict[NodeId, _Node] = {}
         self._by_model: dict[str, dict[NodeId, _Offer]] = {}
         self._unpriced: dict[OfferKey, tuple[int, int]] = {}
@@ -164,9 +169,15 @@ class Registry:
             offer.view = None
 
     def finish(
-        self, node_id: NodeId, model: str, outcome: Outcome, *, first_token_ms: int | None = None
+        self,
+        node_id: NodeId,
+        model: str,
+        outcome: Outcome,
+        *,
+        first_token_ms: int | None = None,
+        tokens_per_s: int | None = None,
     ) -> None:
-        """It has ended. `first_token_ms`: from sending to the first part of the answer."""
+        """It has ended. `first_token_ms`: from sending to the first part of a streamed answer."""
         offer = self._offer(node_id, model)
         if offer is None:
             return
@@ -174,7 +185,7 @@ class Registry:
         offer.in_flight_at_status = min(offer.in_flight_at_status, offer.in_flight)
         offer.view = None
         if outcome is Outcome.SUCCEEDED:
-            offer.health.succeeded(self._clock_ms(), first_token_ms)
+            offer.health.succeeded(self._clock_ms(), first_token_ms, tokens_per_s)
         elif outcome is Outcome.FAILED:
             offer.health.failed(self._clock_ms())
 
@@ -184,7 +195,11 @@ class Registry:
         """Take in one status message; anything but a known node's own is ignored."""
         node_id = NodeId(subject.removeprefix(_SUBJECT_PREFIX).decode("ascii", "replace"))
         node = self._nodes.get(node_id)
-        if node is None or not self._may_speak(node):
+        if node is None:
+            return
+        if not self._may_speak(node):
+            if self._on_unwanted is not None:
+                self._on_unwanted(node_id, len(payload))
             return
         try:
             status = decode_status(payload)
@@ -320,6 +335,8 @@ class Registry:
             latency_ms=offer.health.latency_ms,
             success_permille=offer.health.success_permille(now_ms),
             penalty_permille=offer.health.penalty_permille(now_ms),
+            tokens_per_s=offer.health.tokens_per_s,
+            is_probe_due=not offer.in_flight and offer.health.is_probe_due(now_ms),
             is_draining=node.status.is_draining,
             is_ready=status.is_ready,
             tokenizer_sha256=status.tokenizer_sha256,

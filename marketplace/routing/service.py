@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from marketplace.fabric.callout import Callout
 from marketplace.fabric.connection import Connection
+from marketplace.fabric.floods import Floods
 from marketplace.fabric.nkey_jwt import Signer
 from marketplace.fabric.node_client import Limits, NodeClient
 from marketplace.fabric.sessions import Sessions
@@ -79,11 +80,15 @@ class FabricService:
                 user=user,
                 password=settings.nats_password.get_secret_value(),
                 name=f"tollway-{user}",
+                ca_file=settings.nats_ca_file,
             )
             for user in ("marketplace", "auth", "system")
         }
-        self.registry = Registry(lambda: int(self._clock.monotonic() * 1000))
-        self.nodes = NodeClient(self._connections["marketplace"], limits=limits)
+        self._floods = Floods(self._monotonic_ms, self._expel)
+        self.registry = Registry(self._monotonic_ms, on_unwanted=self._floods.unwanted)
+        self.nodes = NodeClient(
+            self._connections["marketplace"], limits=limits, on_unwanted=self._floods.unwanted
+        )
         self._sessions = Sessions(engine, self._connections["system"])
         self._callout = Callout(
             self._connections["auth"],
@@ -92,6 +97,10 @@ class FabricService:
             self._clock,
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self._expelling: set[asyncio.Task[bool]] = set()
+
+    def _monotonic_ms(self) -> int:
+        return int(self._clock.monotonic() * 1000)
 
     @property
     def is_connected(self) -> bool:
@@ -131,6 +140,7 @@ class FabricService:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+        await asyncio.gather(*self._expelling, return_exceptions=True)
         await self._callout.close()
         await self._sessions.close()
         await self.nodes.close()
@@ -146,6 +156,18 @@ class FabricService:
             except _FAULTS as error:
                 _log.warning("fabric %s failed, trying again: %s", name, error)
 
+    # -- floods
+
+    def _expel(self, node_id: NodeId) -> None:
+        task = asyncio.create_task(self._sessions.expel(node_id), name=f"expel {node_id}")
+        self._expelling.add(task)
+        task.add_done_callback(self._expelled)
+
+    def _expelled(self, task: asyncio.Task[bool]) -> None:
+        self._expelling.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("a flooding node is not cut yet: %s", error)
+
     # -- who is a node
 
     async def _reload(self) -> None:
@@ -155,6 +177,7 @@ class FabricService:
 
     async def _follow_changes(self) -> None:
         self.registry.expire()
+        self._floods.forget_quiet()
         since: datetime = self._clock.now() - CHANGES_OVERLAP
         async with transaction(self._engine) as connection:
             rows = (await connection.execute(_CHANGED, {"since": since})).all()
