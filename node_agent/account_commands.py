@@ -60,7 +60,7 @@ def _with_account(folder: Path, work: Callable[[Account], Awaitable[_Result]]) -
 
 
 def login(data_dir: DataDir = HOME, forget: ApiKeyOption = False, as_json: Json = False) -> None:
-    """Keep an API key of your account here, for earnings, withdraw and payouts; read from a prompt or stdin."""
+    """Keep an API key of your account here, for earnings, withdraw and payouts (prompt or stdin)."""
     with plain_errors():
         path = data_dir / ACCOUNT_KEY_FILE
         if forget:
@@ -144,7 +144,7 @@ def withdraw(
             if error.code:
                 raise
             raise AccountError(
-                f"{error}\nIf it is unsure whether the request arrived, repeat it with --idempotency-key {key}"
+                f"{error}\nUnsure whether the request arrived? Repeat it with --idempotency-key {key}"
             ) from error
 
     made = _with_account(data_dir, work)

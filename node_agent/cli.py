@@ -109,6 +109,7 @@ def run(
         if nats_url:
             config = msgspec.structs.replace(config, nats_url=nats_url)
         identity = load_identity(data_dir)
+        forbid_core_files()  # of this process and, inherited, of its engines
         with _only_one(data_dir):
             service = Service(config, identity, data_dir, version=version())
             asyncio.run(_serve(service))
