@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from sqlalchemy import MetaData, make_url
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 APPLICATION_ROLE: Final = "tollway_app"
@@ -28,6 +29,23 @@ metadata: Final = MetaData(
     }
 )
 """Tables of every package but the ledger, which has its own (it imports nothing of ours)."""
+
+
+def with_driver(given: str) -> str:
+    """Give a PostgreSQL URL as people write it (`postgres://`, `postgresql://`) with our driver named.
+
+    ValueError: it is no URL, or of another database.
+    """
+    try:
+        url = make_url(given)
+    except ArgumentError as e:
+        raise ValueError("is not a URL such as postgresql://user:password@host/name") from e
+    if url.get_backend_name() not in {"postgresql", "postgres"}:
+        raise ValueError(f"names {url.get_backend_name()}; the book needs PostgreSQL")
+    query = dict(url.query)
+    if "sslmode" in query:  # libpq's word; asyncpg's is `ssl`, with the same values
+        query["ssl"] = query.pop("sslmode")
+    return url.set(drivername="postgresql+asyncpg", query=query).render_as_string(hide_password=False)
 
 
 def connect(url: str, *, pool_size: int = 10, role: str | None = APPLICATION_ROLE) -> AsyncEngine:

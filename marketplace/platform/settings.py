@@ -11,9 +11,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from marketplace.platform import database
 from marketplace.platform.errors import SetupFault
 
 SECRET_CHARACTERS_MIN: Final = 32
@@ -39,6 +48,8 @@ class Settings(BaseSettings):
     nats_password: SecretStr = SecretStr("")
     nats_issuer_seed: SecretStr = SecretStr("")
     """Account nkey seed that signs the answers to NATS' auth callout."""
+    nats_ca_file: Path | None = None
+    """Who signed the certificates of `tls://` servers (PEM); unset = whom the machine trusts."""
     public_nats_url: str = ""
     """Where operators' agents dial; empty = `nats_url`."""
     secret: SecretStr = SecretStr("")
@@ -72,6 +83,11 @@ class Settings(BaseSettings):
         if isinstance(given, str):
             values["trusted_proxies"] = frozenset(filter(None, (part.strip() for part in given.split(","))))
         return values
+
+    @field_validator("database_url", mode="after")
+    @classmethod
+    def _name_driver(cls, given: SecretStr) -> SecretStr:
+        return SecretStr(database.with_driver(given.get_secret_value())) if given else given
 
     @model_validator(mode="after")
     def _refuse_unsafe(self) -> Self:

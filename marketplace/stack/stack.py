@@ -556,16 +556,12 @@ def cancel_on_signals() -> asyncio.Event:
 def _given_database(given: str, *, is_fresh: bool) -> str:
     """Give the SQLAlchemy URL of TOLLWAY_DATABASE_URL, or of a new database beside it."""
     try:
-        url = make_url(given)
-    except SQLAlchemyError as e:
-        raise SetupFault(
-            "TOLLWAY_DATABASE_URL is not a URL such as postgresql://user:password@host/name"
-        ) from e
-    if url.get_backend_name() not in {"postgresql", "postgres"}:
-        raise SetupFault(f"TOLLWAY_DATABASE_URL names {url.get_backend_name()}; the book needs PostgreSQL")
+        url = make_url(database.with_driver(given))
+    except ValueError as e:
+        raise SetupFault(f"TOLLWAY_DATABASE_URL: {e}") from e
     if is_fresh:
         url = url.set(database=f"tollway_demo_{secrets.token_hex(4)}")
-    return url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+    return url.render_as_string(hide_password=False)
 
 
 def _given_nats_credentials() -> NatsCredentials:
