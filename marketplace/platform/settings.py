@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     """Where operators' agents dial; empty = `nats_url`."""
     secret: SecretStr = SecretStr("")
     """Key of every HMAC over API keys and session tokens; never stored in the database."""
+    receipt_seed: SecretStr = SecretStr("")
+    """Ed25519 seed that signs receipts, 64 hex digits; empty = derived from `secret`."""
     chains_file: Path = Path("var/chains.json")
     """Deployed addresses and RPC endpoints (`marketplace.platform.chains`)."""
     api_host: str = "127.0.0.1"
@@ -72,6 +74,10 @@ class Settings(BaseSettings):
     """How long USDC-funded earnings mature."""
     cooling_s: int = Field(default=2 * DAY_S, ge=0)
     """How long a new payout address waits before its first use (A43)."""
+
+    smtp_url: SecretStr = SecretStr("")
+    """`smtp://user:password@host:587` or `smtps://…`; empty = development writes mails to data_dir/mail."""
+    mail_from: str = "Tollway <tollway@localhost>"
 
     settler_dir: Path = Path("var/settler")
     """Gas keys and the Solana address pool's seed: only the settler's machine has this folder."""
