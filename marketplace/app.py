@@ -38,6 +38,7 @@ from marketplace.gateway.routes import router as gateway_router
 from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.poster import Poster
 from marketplace.metering.counting import TokenCounter
+from marketplace.notices.routes import router as notices_router
 from marketplace.platform import database
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.http import Services, install_error_handlers
@@ -120,6 +121,7 @@ class Gateway:
         install_error_handlers(app)
         for router in (
             chat_router, gateway_router, accounts_router, deposits_router, fabric_router, settlement_router,
+            notices_router,
         ):  # fmt: skip
             app.include_router(router)
         self._add_operations(app)

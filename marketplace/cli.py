@@ -133,6 +133,16 @@ def settle(
 
 
 @app.command()
+def work() -> None:
+    """Run background work: deliver notices by e-mail and webhook."""
+    from marketplace.processes import run_worker
+
+    configure_logging("work")
+    with _plain_errors():
+        asyncio.run(run_worker(load_settings()))
+
+
+@app.command()
 def migrate(data_dir: DataDir = DEFAULT_STACK) -> None:
     """Bring the database's schema to its newest revision."""
     from marketplace.platform import database

@@ -1,4 +1,4 @@
-"""The processes beside the gateway, composed: `tollway watch` and `tollway settle`."""
+"""The processes beside the gateway, composed: `tollway watch`, `tollway settle` and `tollway work`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ from marketplace.deposits.solana_sweeps import solana_sweeper
 from marketplace.deposits.sweeper import EvmSweeper, SweepPolicy
 from marketplace.ledger.partitions import ensure_partitions
 from marketplace.ledger.rollups import roll_up
+from marketplace.notices.calling import Caller
+from marketplace.notices.delivery import Courier
+from marketplace.notices.mail import FolderMailer, Mailer, SmtpMailer
 from marketplace.platform import database
 from marketplace.platform.clock import Clock, SystemClock
 from marketplace.platform.errors import SetupFault
@@ -107,6 +110,33 @@ async def run_settler(settings: Settings, which: Sequence[Chain]) -> None:
             group.create_task(_repeat(keep, stop, what=f"deposit addresses of {chain}"))
         group.create_task(_keep_partitions(engine, stop))
         group.create_task(_keep_rollups(engine, stop))
+
+
+async def run_worker(settings: Settings) -> None:
+    """Work in the background until SIGTERM: deliver notices."""
+    stop, clock = stop_on_signals(), SystemClock()
+    async with (
+        _book(settings) as engine,
+        Caller(is_loopback_allowed=settings.is_development) as caller,
+        asyncio.TaskGroup() as group,
+    ):
+        courier = Courier(
+            engine,
+            clock,
+            mailer=_mailer(settings),
+            caller=caller,
+            secret=settings.secret.get_secret_value().encode(),
+        )
+        group.create_task(_repeat(courier.tick, stop, what="notices"))
+
+
+def _mailer(settings: Settings) -> Mailer:
+    url = settings.smtp_url.get_secret_value()
+    if url:
+        return SmtpMailer(url, settings.mail_from)
+    if settings.is_development:
+        return FolderMailer(settings.data_dir / "mail", settings.mail_from)
+    raise SetupFault("TOLLWAY_SMTP_URL is not set: notices could not be mailed")
 
 
 async def _sweeps(

@@ -176,7 +176,7 @@ class Stack:
             await self._step("database and messaging", self._start_servers)
             await self._step("development chains", self._start_chains)
             await self._step("people, model and keys", self._seed)
-            await self._step("gateway, watchers and settler", self._start_processes)
+            await self._step("gateway, watchers, settler and worker", self._start_processes)
             if self.has_node:
                 await self._step("operator's node (its engine is loading)", self._start_node)
         except BaseException:
@@ -318,7 +318,7 @@ class Stack:
         }
         write_private(self.folder.environment_file, json.dumps(self.environment, indent=2))
         python = [sys.executable, "-m", "marketplace"]
-        for name, patience_s in (("serve", 40), ("watch", 20), ("settle", 20)):
+        for name, patience_s in (("serve", 40), ("watch", 20), ("settle", 20), ("work", 20)):
             child = _Child(name, [*python, name], settings_environment(self.environment), patience_s)
             self._children.append(child)
             self._spawn(child)

@@ -122,10 +122,11 @@ def routes() -> list[tuple[str, re.Pattern[str]]]:
     from marketplace.fabric.routes import router as fabric
     from marketplace.gateway.openapi import router as chat
     from marketplace.gateway.routes import router as gateway
+    from marketplace.notices.routes import router as notices
     from marketplace.settlement.routes import router as settlement
 
     found = []
-    for router in (accounts, chat, deposits, fabric, gateway, settlement):
+    for router in (accounts, chat, deposits, fabric, gateway, notices, settlement):
         for route in router.routes:
             path: str = getattr(route, "path", "")
             parts = ("[^/]+" if part.startswith("{") else re.escape(part) for part in path.split("/"))
