@@ -393,6 +393,24 @@ def batch_export(
     out.print(str(file))
 
 
+@batch_app.command("witness")
+def batch_witness(
+    export: Annotated[Path, typer.Argument(help="The file written by `tollway batch export`.")],
+    chains_file: Annotated[Path, typer.Option(help="Your own copy of the chains file, with your providers.")],
+) -> None:
+    """Ask your own providers what a Solana batch's lookup table holds; `tollway sign --witness` reads it."""
+    from chain.errors import ChainError
+    from marketplace.settlement import commands
+    from marketplace.settlement.errors import SettlementError
+
+    try:
+        with _plain_errors():
+            out.print(str(asyncio.run(commands.witness(export, chains_file=chains_file))))
+    except (SettlementError, ChainError) as e:
+        err.print(f"[red]tollway:[/] {escape(str(e))}")
+        raise typer.Exit(1) from e
+
+
 @batch_app.command("approve")
 def batch_approve(
     approval: Annotated[Path, typer.Argument(help="What `tollway sign` wrote.")],
@@ -501,6 +519,9 @@ def sign(
     keystore: Annotated[Path, typer.Option(help="Your encrypted key for this chain.")],
     chains_file: Annotated[Path, typer.Option(help="Your own copy of the chains file: what you pin.")],
     limit: Annotated[str | None, typer.Option(help="Refuse batches above so many USDC.")] = None,
+    witness: Annotated[
+        Path | None, typer.Option(help="What `tollway batch witness` wrote, for a batch on a lookup table.")
+    ] = None,
     approval: Annotated[Path | None, typer.Option("--out", help="Where to write the approval.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
@@ -526,6 +547,7 @@ def sign(
                 keystore,
                 chains_file=chains_file,
                 limit=None if limit is None else parse_usdc(limit),
+                witness_file=witness,
                 confirm=confirm,
                 approval_file=approval,
             )

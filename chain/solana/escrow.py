@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Final, Self
 
@@ -57,8 +57,9 @@ class NotEnoughApprovals(ChainRefusal):
 class EscrowTerms:
     """The multisig and what its transactions are made of; a signer pins his own copy.
 
-    `lookup_tables` (table address → its addresses, in order) shorten the message; empty until a batch
-    needs them.  All addresses in base58.
+    `lookup_tables` (table address → its addresses, in order) shorten the message; a batch that fits without
+    has none, a larger one has a table of its own whose content follows from its lines (`table_contents`).
+    All addresses in base58.
     """
 
     mint: str
@@ -125,12 +126,14 @@ def build(terms: EscrowTerms, kind: str, lines: Sequence[PayoutLine], fence: str
         raise Malformed(f"unknown kind of Solana batch {kind!r}")
     if not lines:
         raise Malformed("a batch without lines")
+    if terms.lookup_tables:
+        _check_tables(terms, kind, lines)
     messages = {
         "+".join(chosen): _message(terms, kind, lines, fence, chosen) for chosen in terms.combinations()
     }
     largest = max(_transaction_bytes(m) for m in messages.values())
     if largest > TRANSACTION_BYTES_MAX:
-        raise TooManyLines(len(lines), lines_max(terms))
+        raise TooManyLines(len(lines), lines_max(terms, with_table=bool(terms.lookup_tables)))
     return Unsigned(
         chain=Chain.SOLANA,
         fence=fence,
@@ -147,9 +150,28 @@ def rebuild(lines: Sequence[PayoutLine], fence: str, context: Mapping[str, str])
     return Unsigned(unsigned.chain, unsigned.fence, unsigned.lines, unsigned.messages, dict(context))
 
 
-def lines_max(terms: EscrowTerms) -> int:
-    """How many payouts to wallets we know nothing of fit into one transaction (no lookup tables)."""
-    fence = str(Hash.default())
+def table_contents(terms: EscrowTerms, lines: Sequence[PayoutLine]) -> tuple[str, ...]:
+    """What the lookup table of a batch holds, in order: the fixed accounts, then each payee's token account.
+
+    It follows from the lines, so nobody has to be believed about it.  The nonce account stays in the
+    message itself: the runtime takes a durable nonce from nowhere else.
+    """
+    mint = Pubkey.from_string(terms.mint)
+    payees = [str(programs.associated_token_account(wallet(line.to), mint)) for line in lines]
+    return tuple(dict.fromkeys([terms.escrow, terms.mint, terms.multisig, *payees]))
+
+
+def _check_tables(terms: EscrowTerms, kind: str, lines: Sequence[PayoutLine]) -> None:
+    """Malformed unless the one table holds exactly what these lines need, in order."""
+    if kind != PAYOUT or len(terms.lookup_tables) != 1:
+        raise Malformed("a batch has one lookup table at most, and a sweep has none")
+    if terms.lookup_tables[0][1] != table_contents(terms, lines):
+        raise Malformed("the lookup table is not the one these lines need")
+
+
+def lines_max(terms: EscrowTerms, *, with_table: bool = False) -> int:
+    """How many payouts to wallets we know nothing of fit into one transaction."""
+    fence, table = str(Hash.default()), str(Pubkey.default())
     signers = terms.combinations()[0]
     count = 0
     lines: list[PayoutLine] = []
@@ -157,6 +179,8 @@ def lines_max(terms: EscrowTerms) -> int:
         # Pubkeys on the curve, all different: the worst case for the size.
         to = str(Keypair.from_seed(count.to_bytes(32)).pubkey())
         lines.append(PayoutLine(str(count), to, Micro(1)))
+        if with_table:
+            terms = replace(terms, lookup_tables=((table, table_contents(terms, lines)),))
         if _transaction_bytes(_message(terms, PAYOUT, lines, fence, signers)) > TRANSACTION_BYTES_MAX:
             return count
         count += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -19,11 +20,11 @@ from solders.pubkey import Pubkey
 from solders.signature import Signature
 from solders.transaction import VersionedTransaction
 
-from chain.errors import Malformed, Reverted, RpcUnavailable, UnknownResult, WrongChain
+from chain.errors import ChainError, Malformed, Reverted, RpcUnavailable, UnknownResult, WrongChain
 from chain.networks import Chain
 from chain.ports import Approval, Landed, PayoutLine, SignedTransaction, Sweep, Unsigned
 from chain.solana import escrow as consent
-from chain.solana import programs
+from chain.solana import programs, tables
 from chain.solana.escrow import EscrowTerms
 from chain.solana.rpc import AccountState, InContext, NodeError, SolanaRpc
 from chain.solana.sending import explain, reason, send_and_confirm
@@ -61,18 +62,31 @@ class MultisigRail:
 
     chain = Chain.SOLANA
 
-    def __init__(self, rpc: SolanaRpc, terms: EscrowTerms, gas_key: Keypair) -> None:
+    def __init__(
+        self,
+        rpc: SolanaRpc,
+        terms: EscrowTerms,
+        gas_key: Keypair,
+        *,
+        witnesses: Sequence[SolanaRpc] = (),
+    ) -> None:
+        """`witnesses`: further providers that must agree on what a lookup table holds."""
         if str(gas_key.pubkey()) != terms.gas_payer:
             raise ValueError("the gas key is not the gas payer of the escrow's terms")
         self._rpc = rpc
+        self._providers = (rpc, *witnesses)
         self._gas_key = gas_key
+        self._abandoned: list[str] = []
+        """Lookup tables made for a batch that was not frozen after all."""
         self._slot_floor = 0
         """Finalized slot already seen: a lagging node must not show an older nonce as a newer one."""
         self.terms = terms
         self.escrow = terms.escrow
         self.signers = terms.signers
         self.threshold = terms.threshold
-        self.max_lines = consent.lines_max(terms)
+        self._plain_max = consent.lines_max(terms)
+        """Lines that fit without a lookup table."""
+        self.max_lines = consent.lines_max(terms, with_table=True)
         """Lines of one batch; ask before planning, `prepare` raises TooManyLines above it."""
 
     # ── preparing ─────────────────────────────────────────────────────────────────────────────────
@@ -80,17 +94,50 @@ class MultisigRail:
     async def prepare(self, lines: Sequence[PayoutLine]) -> Unsigned:
         """Create missing token accounts, dry-run the batch and freeze what will be signed.
 
+        More lines than fit plainly get a lookup table, made and final before this returns.
         Raises BadAddress, TooManyLines; LineReverted or Reverted with the chain's reason;
         WrongChain if the escrow on chain is not the one configured.
         """
         wallets = [consent.wallet(line.to) for line in lines]
+        if not lines:
+            raise Malformed("a batch without lines")
+        if len(lines) > self.max_lines:
+            raise consent.TooManyLines(len(lines), self.max_lines)
         await self.check_escrow()
-        unsigned = consent.build(self.terms, consent.PAYOUT, lines, await self._settled_fence())
+        fence = await self._settled_fence()
         created = await self._create_accounts(lines, wallets)
-        await self._dry_run(unsigned)
+        # In parts that need no table first: whoever cannot be paid is found before one is paid for.
+        for start in range(0, len(lines), self._plain_max):
+            part = lines[start : start + self._plain_max]
+            unsigned = consent.build(self.terms, consent.PAYOUT, part, fence)
+            await self._dry_run(unsigned)
+        if len(lines) > self._plain_max:
+            unsigned = await self._on_a_table(lines, fence)
         # For the treasury's books; `rebuild` carries it over unread.
         context = {**unsigned.context, "token_accounts_created": str(created)}
         return consent.rebuild(unsigned.lines, unsigned.fence, context)
+
+    async def _on_a_table(self, lines: Sequence[PayoutLine], fence: str) -> Unsigned:
+        """Freeze more lines than fit plainly, on a lookup table made for them."""
+        contents = consent.table_contents(self.terms, lines)
+        table = await tables.make(self._rpc, self._gas_key, contents)
+        try:
+            await tables.agreed(self._providers, table, contents)
+            terms = replace(self.terms, lookup_tables=((table, contents),))
+            unsigned = consent.build(terms, consent.PAYOUT, lines, fence)
+            await self._dry_run(unsigned)
+        except ChainError:
+            self._abandoned.append(table)
+            raise
+        return unsigned
+
+    async def retire_tables(self, context: Mapping[str, str]) -> bool:
+        """Get back the rent of an ended batch's lookup table, a step a call; True once nothing is left."""
+        named = [table for table, _ in EscrowTerms.from_context(context).lookup_tables]
+        for table in list(self._abandoned):
+            if await tables.retire(self._rpc, self._gas_key, table):
+                self._abandoned.remove(table)
+        return all([await tables.retire(self._rpc, self._gas_key, table) for table in named])
 
     async def prepare_sweep(self, moves: Sequence[tuple[str, Micro]]) -> Unsigned:
         """Freeze a sweep of (deposit token account, amount) into the escrow, signed as a payout is."""
@@ -206,11 +253,13 @@ class MultisigRail:
         """Put a complete combination and the gas payer's signature together.  Sends nothing.
 
         Raises BadApproval, NotEnoughApprovals; Malformed if the messages are not what their lines,
-        fence and context say.
+        fence and context say; what `tables.agreed` raises if a lookup table does not hold what they need.
         """
         again = consent.rebuild(unsigned.lines, unsigned.fence, unsigned.context)
         if again.messages != unsigned.messages:
             raise Malformed("the batch's messages are not what its lines say")
+        for table, contents in EscrowTerms.from_context(unsigned.context).lookup_tables:
+            await tables.agreed(self._providers, table, contents)
         raw, signatures = consent.complete(unsigned, approvals)
         message = _message(raw)
         by_key = {Pubkey.from_string(s): Signature(v) for s, v in signatures.items()}

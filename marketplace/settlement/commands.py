@@ -26,7 +26,7 @@ from marketplace.settlement.consents import consent_of
 from marketplace.settlement.errors import ExportRefused
 from marketplace.settlement.payout_rules import PayoutRules
 from marketplace.settlement.plan_requests import PlanRequest
-from marketplace.settlement.rails import open_rails
+from marketplace.settlement.rails import confirm_table, open_rails
 from marketplace.settlement.settler import Settler
 from marketplace.settlement.signing import ApprovalDocument, Expected, Review
 
@@ -59,20 +59,18 @@ def sign(
     passphrase: str | None = None,
     limit: Micro | None = None,
     recipients: frozenset[str] | None = None,
+    witness_file: Path | None = None,
     confirm: Callable[[Review], bool] = lambda _: True,
     approval_file: Path | None = None,
 ) -> tuple[ApprovalDocument, Path]:
     """Check an export against these settings and sign it; writes the approval beside it unless told where.
 
     `confirm` is shown what would be signed, rebuilt, and which recipients this signer never signed for: his
-    memory is the file `<keystore>.recipients` on his own machine.  ExportRefused names what does not agree.
+    memory is the file `<keystore>.recipients` on his own machine.  `witness_file`: see `witness`.
+    ExportRefused names what does not agree.
     """
-    try:
-        with export_file.open("rb") as file:
-            raw = file.read(signing.DOCUMENT_BYTES_MAX + 1)
-    except OSError as e:
-        raise ExportRefused(f"{export_file} cannot be read: {e.strerror}") from e
-    export = signing.decode_export(raw)
+    export = signing.decode_export(_read(export_file))
+    witnessed = None if witness_file is None else signing.decode_witness(_read(witness_file))
     memory = keystore.with_name(f"{keystore.name}.recipients")
     before = frozenset(memory.read_text().split()) if memory.exists() else frozenset()
     document = signing.sign_export(
@@ -80,13 +78,40 @@ def sign(
         consent_of(load_chains(chains_file), export.chain),
         keystore=keystore,
         passphrase=read_passphrase(keystore) if passphrase is None else passphrase,
-        expected=Expected(limit=limit, recipients=recipients, signed_before=before),
+        expected=Expected(limit=limit, recipients=recipients, signed_before=before, witness=witnessed),
         confirm=confirm,
     )
     target = approval_file or export_file.with_name(f"{export.batch}.{document.signer}.approval.json")
     target.write_bytes(signing.encode(document))
     memory.write_text("\n".join(sorted(before | {line.to for line in export.lines})) + "\n")
     return document, target
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(signing.DOCUMENT_BYTES_MAX + 1)
+    except OSError as e:
+        raise ExportRefused(f"{path} cannot be read: {e.strerror}") from e
+
+
+async def witness(export_file: Path, *, chains_file: Path, witness_file: Path | None = None) -> Path:
+    """Ask one's own providers what the lookup tables of an export hold; writes the answer for `sign`.
+
+    For a machine of the signer's with a network; no key is needed.  The content asked about is derived
+    from the export's lines, not read from it.  ExportRefused, or what `chain.solana.tables.agreed` raises.
+    """
+    export = signing.decode_export(await asyncio.to_thread(_read, export_file))
+    chains = load_chains(chains_file)
+    confirmed: dict[str, list[str]] = {}
+    providers = 0
+    for table, contents in signing.tables_of(export, consent_of(chains, export.chain)).items():
+        providers = await confirm_table(chains, table, contents)
+        confirmed[table] = list(contents)
+    document = signing.Witness(signing.WITNESS_FORMAT, export.batch, confirmed, providers)
+    target = witness_file or export_file.with_name(f"{export.batch}.witness.json")
+    await asyncio.to_thread(target.write_bytes, signing.encode(document))
+    return target
 
 
 async def plan(

@@ -8,6 +8,7 @@ multisig, nonce account) comes from our own settings; an export that names anyth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from chain.errors import ChainRefusal
@@ -45,6 +46,15 @@ def consent_of(chains: ChainsConfig, chain: Chain) -> Consent:
     if chain is Chain.SOLANA:
         return SolanaConsent(chains.solana)
     return EvmConsent(chain, chains.ethereum if chain is Chain.ETHEREUM else chains.base)
+
+
+def lookup_tables(chain: Chain, context: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """The lookup tables a batch says it stands on, with what they must hold; Malformed if unreadable."""
+    if chain is not Chain.SOLANA:
+        return {}
+    from chain.solana.escrow import EscrowTerms
+
+    return dict(EscrowTerms.from_context(context).lookup_tables)
 
 
 class EvmConsent:
@@ -96,12 +106,10 @@ class SolanaConsent:
     def rebuild(self, lines: Sequence[PayoutLine], fence: str, context: dict[str, str]) -> Unsigned:
         from chain.solana import escrow
 
-        # Lookup tables included: a message only carries indexes into them, so a table that an export
-        # describes falsely would turn a signature over one wallet into a payment to another.
-        if escrow.EscrowTerms.from_context(context) != self.terms:
-            raise ChainRefusal(
-                "the batch's multisig, accounts or lookup tables are not those of these settings"
-            )
+        # A lookup table is the batch's own; `escrow.build` refuses one with another content than the lines
+        # need, and `signing` one that no provider of the signer's has confirmed.
+        if replace(escrow.EscrowTerms.from_context(context), lookup_tables=()) != self.terms:
+            raise ChainRefusal("the batch's multisig or accounts are not those of these settings")
         if context.get("kind") != escrow.PAYOUT:
             raise ChainRefusal(f"{context.get('kind')!r} is not a payout")
         return escrow.rebuild(lines, fence, context)

@@ -55,14 +55,26 @@ async def _open_solana(stack: AsyncExitStack, chains: ChainsConfig, settler_dir:
     from chain.solana.payouts import MultisigRail
     from chain.solana.rpc import SolanaRpc
 
-    rpc = await stack.enter_async_context(SolanaRpc(_endpoint(chains.solana.rpc, Chain.SOLANA)))
+    _endpoint(chains.solana.rpc, Chain.SOLANA)
+    rpc, *witnesses = [await stack.enter_async_context(SolanaRpc(url)) for url in chains.solana.rpc]
     key = keystore.from_seed(_read_key(settler_dir / SOLANA_GAS_KEY))
     try:
-        return MultisigRail(rpc, SolanaConsent(chains.solana).terms, key)
+        return MultisigRail(rpc, SolanaConsent(chains.solana).terms, key, witnesses=witnesses)
     except ValueError as e:
         raise SetupFault(
             f"{settler_dir / SOLANA_GAS_KEY} is not the key of the chains file's gas payer"
         ) from e
+
+
+async def confirm_table(chains: ChainsConfig, table: str, contents: Sequence[str]) -> int:
+    """Require of the chains file's providers that a lookup table holds `contents`; how many said so."""
+    from chain.solana import tables
+    from chain.solana.rpc import SolanaRpc
+
+    _endpoint(chains.solana.rpc, Chain.SOLANA)
+    async with AsyncExitStack() as stack:
+        rpcs = [await stack.enter_async_context(SolanaRpc(url)) for url in chains.solana.rpc]
+        return await tables.agreed(rpcs, table, contents)
 
 
 def _endpoint(urls: Sequence[str], chain: Chain) -> str:

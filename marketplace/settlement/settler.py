@@ -11,11 +11,12 @@ bytes and lose each other's compare-and-set, never pay twice.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final
+from uuid import UUID
 
 import structlog
 from sqlalchemy import func, update
@@ -40,6 +41,7 @@ from marketplace.settlement.batches import (
     Broadcast,
     Member,
     lines_of,
+    listing,
     live_batch,
     lock_chain,
     members,
@@ -53,6 +55,8 @@ from marketplace.settlement.plan_requests import finish, next_open
 from marketplace.settlement.tables import broadcasts, payouts, withdrawals
 from marketplace.settlement.withdrawals import Status
 
+RETIRED_MAX: Final = 20
+"""How many of the newest batches are looked at for lookup tables still open."""
 ENVELOPES_MAX: Final = 20
 """Different transactions around one payload; a person looks when this many did not land."""
 
@@ -70,6 +74,8 @@ class Pace:
     expire_s: int = 60
     """How long `fence spent, nothing landed` must keep being the answer before the money goes back: a node
     that lags in one of the two answers must not cost the batch twice."""
+    retire_s: int = 60
+    """Between two steps of closing ended batches' lookup tables."""
 
 
 class _Outlook(Enum):
@@ -102,6 +108,8 @@ class Settler:
         self._pace = pace or Pace()
         self._reached = reached
         self._fence_seen_spent_at: datetime | None = None
+        self._retire_at = clock.now()
+        self._retired: set[UUID] = set()
 
     @property
     def chain(self) -> Chain:
@@ -123,7 +131,7 @@ class Settler:
             why = await halts.halted(conn, self.chain)
         if batch is None:
             self._fence_seen_spent_at = None
-            return await self._plan()
+            return await self._plan() or await self._retire_tables()
         await self._answer_plans(batch)
         try:
             return await self._step(batch, is_halted=why is not None)
@@ -167,6 +175,24 @@ class Settler:
         async with transaction(self._engine) as conn:
             await finish(conn, asked.id, batch_id=batch_id, code=code, outcome=outcome, now=self._clock.now())
         return True
+
+    async def _retire_tables(self) -> bool:
+        """Get back what lookup tables of ended batches cost, where the chain has such a thing."""
+        retire: Callable[[Mapping[str, str]], Awaitable[bool]] | None
+        retire = getattr(self._rail, "retire_tables", None)
+        now = self._clock.now()
+        if retire is None or now < self._retire_at:
+            return False
+        self._retire_at = now + timedelta(seconds=self._pace.retire_s)
+        async with transaction(self._engine) as conn:
+            ended = await listing(conn, chain=self.chain, limit=RETIRED_MAX)
+        try:
+            for batch in ended:
+                if batch.id not in self._retired and await retire(batch.context):
+                    self._retired.add(batch.id)
+        except (ChainFault, ChainRefusal) as e:
+            log.warning("lookup table stays for now", chain=self.chain.value, reason=str(e))
+        return False
 
     async def _answer_plans(self, batch: Batch) -> None:
         """Answer what was asked before this batch was planned (we died before answering), or during it."""

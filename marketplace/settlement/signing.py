@@ -4,6 +4,10 @@
 rebuilds each line from its ledger row, the digest from the lines, the messages from his own settings
 (`consents`), and signs only if all agree (A39).  Then he reads totals and recipients and decides.
 
+One thing cannot be rebuilt: that a Solana lookup table holds, on chain, what the lines need
+(`chain.solana.tables`).  The signer asks his own providers on a machine with a network; the answer is a
+`Witness`, a file that his offline machine reads.  A batch on a table that no witness confirms is refused.
+
 Nothing here opens a socket or a database, but `store_approval`.
 """
 
@@ -42,13 +46,14 @@ from marketplace.settlement.batches import (
     signatures_to_hex,
     stored_approvals,
 )
-from marketplace.settlement.consents import Consent
+from marketplace.settlement.consents import Consent, lookup_tables
 from marketplace.settlement.digest import batch_digest, merkle_root
 from marketplace.settlement.errors import ApprovalRefused, ExportRefused, WrongState
 from marketplace.settlement.tables import approvals
 
 EXPORT_FORMAT: Final = "tollway-batch-export-1"
 APPROVAL_FORMAT: Final = "tollway-batch-approval-1"
+WITNESS_FORMAT: Final = "tollway-table-witness-1"
 DOCUMENT_BYTES_MAX: Final = 4 * 1024 * 1024
 """300 lines are some 300 kB."""
 
@@ -100,6 +105,19 @@ class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lines: Annotated[list[ExportLine], msgspec.Meta(min_length=1, max_length=1000)]
 
 
+class Witness(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a signer's own providers said of the lookup tables of a batch, at finality."""
+
+    format: Text
+    batch: Text
+    tables: Annotated[
+        dict[Text, Annotated[list[Text], msgspec.Meta(max_length=256)]], msgspec.Meta(max_length=8)
+    ]
+    """Content by table address, as confirmed."""
+    providers: int
+    """How many said so; none said otherwise."""
+
+
 class ApprovalDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One signer's consent, as a file."""
 
@@ -112,7 +130,7 @@ class ApprovalDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Hex, by message label."""
 
 
-def encode(document: Export | ApprovalDocument) -> bytes:
+def encode(document: Export | ApprovalDocument | Witness) -> bytes:
     """Write a document as indented JSON: people read these."""
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
@@ -141,6 +159,17 @@ def decode_approval(raw: bytes) -> ApprovalDocument:
     if document.format != APPROVAL_FORMAT:
         raise ApprovalRefused(f"approval format {document.format!r}; this version reads {APPROVAL_FORMAT}")
     return document
+
+
+def decode_witness(raw: bytes) -> Witness:
+    """Read what `tollway batch witness` wrote; ExportRefused if it is not that."""
+    try:
+        witness = msgspec.json.decode(raw[: DOCUMENT_BYTES_MAX + 1], type=Witness)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise ExportRefused(f"this is not a witness of lookup tables: {e}") from e
+    if witness.format != WITNESS_FORMAT:
+        raise ExportRefused(f"witness format {witness.format!r}; this version reads {WITNESS_FORMAT}")
+    return witness
 
 
 # ── on the marketplace's side ─────────────────────────────────────────────────────────────────────────
@@ -276,6 +305,8 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     """His own address book: nobody else may be paid."""
     signed_before: frozenset[str] = frozenset()
     """Whom he has signed for before; others are pointed out to him, not refused."""
+    witness: Witness | None = None
+    """What his own providers said of the batch's lookup tables; needed only for a batch that has one."""
 
 
 def check_export(
@@ -301,6 +332,7 @@ def check_export(
     _check_expected(lines, total, expected or Expected())
     try:
         unsigned = consent.rebuild(lines, export.fence, export.context)
+        _check_tables(export, lookup_tables(export.chain, unsigned.context), expected or Expected())
     except ChainRefusal as e:
         raise ExportRefused(str(e)) from e
     recipients = tuple((line.to, line.amount) for line in lines)
@@ -310,6 +342,16 @@ def check_export(
         frozenset({line.to for line in lines} - (expected or Expected()).signed_before),
     )  # fmt: skip
     return unsigned, review
+
+
+def tables_of(export: Export, consent: Consent) -> dict[str, tuple[str, ...]]:
+    """The lookup tables an export stands on, and what its lines need them to hold; ExportRefused."""
+    lines = tuple(_line_from_ledger(export, i, line) for i, line in enumerate(export.lines))
+    try:
+        unsigned = consent.rebuild(lines, export.fence, export.context)
+        return lookup_tables(export.chain, unsigned.context)
+    except ChainRefusal as e:
+        raise ExportRefused(str(e)) from e
 
 
 def sign_export(
@@ -361,6 +403,18 @@ def _line_from_ledger(export: Export, position: int, line: ExportLine) -> Payout
     if not agrees:
         raise ExportRefused(f"line {position} (payout {line.payout_id}) is not what its ledger row says")
     return PayoutLine(row.ref, line.to, Micro(micro))
+
+
+def _check_tables(export: Export, named: dict[str, tuple[str, ...]], expected: Expected) -> None:
+    """Refuse a lookup table that this signer's own providers have not confirmed (A39)."""
+    confirmed = expected.witness.tables if expected.witness is not None else {}
+    for table, contents in named.items():
+        if tuple(confirmed.get(table, ())) != contents:
+            raise ExportRefused(
+                f"nobody of yours has confirmed what lookup table {table} holds: run `tollway batch witness` "
+                f"on this export ({export.batch}) on a machine of yours with a network, and give the file "
+                "it writes with --witness"
+            )
 
 
 def _check_expected(lines: tuple[PayoutLine, ...], total: Micro, expected: Expected) -> None:

@@ -123,15 +123,37 @@ def test_as_many_lines_fit_as_promised_and_not_one_more() -> None:
         escrow.build(TERMS, escrow.PAYOUT, [*lines, a_line(99, 1)], FENCE)
 
 
-def test_a_lookup_table_makes_room() -> None:
-    lines = [a_line(100 + i, 1) for i in range(35)]
-    assert len(lines) > 2 * escrow.lines_max(TERMS)
-    mint = Pubkey.from_string(MINT)
-    accounts = [str(programs.associated_token_account(Pubkey.from_string(line.to), mint)) for line in lines]
-    fixed = (TERMS.escrow, TERMS.mint, TERMS.multisig, TERMS.nonce_account)
-    terms = replace(TERMS, lookup_tables=((str(Keypair().pubkey()), (*fixed, *accounts)),))
-    unsigned = escrow.build(terms, escrow.PAYOUT, lines, FENCE)
-    assert escrow.rebuild(lines, FENCE, unsigned.context) == unsigned
+def on_a_table(lines: list[PayoutLine]) -> escrow.EscrowTerms:
+    table = str(Keypair.from_seed(bytes([6]) * 32).pubkey())
+    return replace(TERMS, lookup_tables=((table, escrow.table_contents(TERMS, lines)),))
+
+
+def test_a_lookup_table_makes_room_for_35_and_more() -> None:
+    most = escrow.lines_max(TERMS, with_table=True)
+    assert most >= 35
+    lines = [a_line(100 + i, 1) for i in range(most)]
+    unsigned = escrow.build(on_a_table(lines), escrow.PAYOUT, lines, FENCE)
+    assert escrow.rebuild(lines, FENCE, json.loads(json.dumps(unsigned.context))) == unsigned
+    over = [*lines, a_line(99, 1)]
+    with pytest.raises(escrow.TooManyLines, match=str(most)):
+        escrow.build(on_a_table(over), escrow.PAYOUT, over, FENCE)
+
+
+def test_a_lookup_table_of_another_content_than_the_lines_need_is_refused() -> None:
+    lines = [a_line(100 + i, 1) for i in range(20)]
+    ((table, right),) = on_a_table(lines).lookup_tables
+    thief = str(Keypair.from_seed(bytes([66]) * 32).pubkey())
+    for content in (
+        (*right[:5], thief, *right[6:]),  # a payee's account replaced
+        (right[0], right[1], right[2], right[4], right[3], *right[5:]),  # two exchanged
+        (*right, thief),
+        right[:-1],
+    ):
+        with pytest.raises(Malformed, match="lookup table"):
+            escrow.build(replace(TERMS, lookup_tables=((table, content),)), escrow.PAYOUT, lines, FENCE)
+    for kind, tables in ((escrow.PAYOUT, ((table, right),) * 2), (escrow.SWEEP, ((table, right),))):
+        with pytest.raises(Malformed, match="lookup table"):
+            escrow.build(replace(TERMS, lookup_tables=tables), kind, lines, FENCE)
 
 
 @pytest.mark.parametrize(
