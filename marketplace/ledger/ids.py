@@ -24,7 +24,7 @@ def uuid7() -> UUID:
 
 def lowest_at(moment: datetime) -> UUID:
     """The bound that sorts before every id made at `moment` or later; `moment` is aware."""
-    return UUID(int=_ms(moment) << 80)
+    return UUID(int=max(0, _ms(moment)) << 80)
 
 
 def made_at(identity: UUID) -> datetime:
