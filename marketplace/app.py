@@ -28,12 +28,14 @@ from marketplace.catalog.models import TokenizerFiles
 from marketplace.catalog.prices import PriceBook
 from marketplace.catalog.shelf import Shelf
 from marketplace.deposits.routes import router as deposits_router
+from marketplace.fabric.requirement_routes import router as requirement_router
 from marketplace.fabric.routes import router as fabric_router
 from marketplace.gateway import metrics
 from marketplace.gateway.chat import ChatService
 from marketplace.gateway.hot_route import protocol_for
 from marketplace.gateway.ledger_accounts import RememberedAccounts
 from marketplace.gateway.openapi import router as chat_router
+from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.routes import router as gateway_router
 from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.poster import Poster
@@ -80,6 +82,7 @@ class Gateway:
         self.fabric = FabricService(settings, self.engine, PriceBook(self.engine))
         self.keeper = LeaseKeeper(self.engine, worker=f"gateway-{uuid7()}")
         self.poster = Poster(self.engine, settle=self.keeper.settle)
+        self.receipts = ReceiptWriter(self.engine)
         self.limits = RateLimits(
             self.clock.monotonic, DEVELOPMENT_LIMITS if settings.is_development else DEFAULT_LIMITS
         )
@@ -91,6 +94,7 @@ class Gateway:
             nodes=self.fabric.nodes,
             keeper=self.keeper,
             poster=self.poster,
+            receipts=self.receipts,
             accounts=RememberedAccounts(self.engine),
             clock=self.clock,
             secret=settings.secret.get_secret_value().encode(),
@@ -121,7 +125,7 @@ class Gateway:
         install_error_handlers(app)
         for router in (
             chat_router, gateway_router, accounts_router, deposits_router, fabric_router, settlement_router,
-            notices_router,
+            notices_router, requirement_router,
         ):  # fmt: skip
             app.include_router(router)
         self._add_operations(app)
@@ -178,6 +182,8 @@ class Gateway:
             stack.push_async_callback(self.keeper.close)
             await self.poster.start()
             stack.push_async_callback(self.poster.close)
+            await self.receipts.start()
+            stack.push_async_callback(self.receipts.close)
             await self.fabric.start()
             stack.push_async_callback(self.fabric.stop)
             stack.push_async_callback(self.chat.close)

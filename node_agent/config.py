@@ -76,6 +76,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node_id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     api: _Url
     nats_url: _NatsUrl
+    nats_ca: str = ""
     name: str = ""
     drain_seconds: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 120
     engines: list[EngineSettings] = []
@@ -166,7 +167,8 @@ _HEAD: Final = """\
 
 node_id = {node_id}
 api = {api}
-nats_url = {nats_url}
+nats_url = {nats_url}    # several servers are separated by commas
+# nats_ca = "ca.pem"    # only for tls:// with a certificate of a private authority
 name = {name}
 
 # How long running requests may take to finish after the agent was asked to stop.

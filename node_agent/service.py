@@ -23,6 +23,7 @@ from node_agent.config import CONFIG_FILE, Config, ConfigError, EngineSettings, 
 from node_agent.engines import Engine, EngineState
 from node_agent.engines.attach import AttachEngine
 from node_agent.engines.spawn import SpawnEngine
+from node_agent.fabric_link import connect_options
 from node_agent.files import write_private
 from node_agent.identity import Identity
 from node_agent.journal import Journal
@@ -156,7 +157,7 @@ class Service:
                 await self._connect(closed)
                 await closed.wait()
                 self._complain("the connection was closed")
-            except (nats.errors.Error, OSError, TimeoutError) as error:
+            except (nats.errors.Error, ConfigError, OSError, TimeoutError) as error:
                 self._complain(str(error) or type(error).__name__)
             await asyncio.sleep(RECONNECT_SECONDS)
 
@@ -173,12 +174,9 @@ class Service:
 
         self._nats = Client()
         await self._nats.connect(
-            self.config.nats_url,
-            name=f"tollway-node {self.node_id}",
-            nkeys_seed_str=self._identity.seed,
+            **connect_options(self.config, self._identity),
             max_reconnect_attempts=-1,
             reconnect_time_wait=1,
-            connect_timeout=5,
             ping_interval=10,
             max_outstanding_pings=3,
             closed_cb=on_closed,

@@ -77,7 +77,7 @@ FOREIGN: Final = {
     r"nkeys": (
         "marketplace/fabric/nkey_jwt.py", "marketplace/platform/embedded_nats.py", "node_agent/identity.py",
     ),
-    r"nats": ("node_agent/service.py",),
+    r"nats": ("node_agent/service.py", "node_agent/fabric_link.py"),
     r"stripe": ("marketplace/billing/",),
     r"requests|httpx": ("marketplace/stack/",),
 }  # fmt: skip
