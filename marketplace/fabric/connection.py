@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import random
@@ -26,6 +27,7 @@ import secrets
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, cast
 from urllib.parse import urlsplit
 
@@ -101,8 +103,12 @@ class _Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are none by inheritance, only by what they offer.
-        self.transport = cast("asyncio.Transport", transport)
-        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
+        self.use(cast("asyncio.Transport", transport))
+
+    def use(self, transport: asyncio.Transport) -> None:
+        """Write through `transport` from now on: the socket's, or the one that encrypts for it."""
+        self.transport = transport
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
@@ -234,9 +240,17 @@ class _Wire(asyncio.Protocol):
 class Connection:
     """A NATS user's connection; reconnects until closed."""
 
-    def __init__(self, urls: str, *, user: str, password: str, name: str) -> None:
-        """`urls`: one or several, comma separated, `nats://host:port` or `tls://host:port`."""
+    def __init__(
+        self, urls: str, *, user: str, password: str, name: str, ca_file: Path | None = None
+    ) -> None:
+        """`urls`: one or several of a cluster, comma separated, `nats://host:port` or `tls://host:port`.
+
+        `ca_file`: who signed the servers' certificates (PEM); None for whom the machine trusts.
+        """
         self._urls = [url.strip() for url in urls.split(",") if url.strip()]
+        if not self._urls:
+            raise ValueError("no NATS address is given")
+        self._ca_file = ca_file
         self._user = user
         self._password = password
         self._name = name
@@ -359,8 +373,8 @@ class Connection:
 
     async def _keep_connected(self) -> None:
         attempt = 0
-        while True:
-            url = self._urls[attempt % len(self._urls)]
+        random.shuffle(self._urls)  # gateways spread over a cluster's servers
+        for url in itertools.cycle(self._urls):  # after a loss the next server, not the lost one
             wire = _Wire(self._subscriptions)
             try:
                 await self._connect(wire, url)
@@ -394,11 +408,12 @@ class Connection:
             await loop.create_connection(lambda: wire, host, parsed.port or PORT_DEFAULT)
             await wire.info_arrived
             if parsed.scheme == "tls" or wire.info.get("tls_required"):
-                assert wire.transport is not None
-                secure = await loop.start_tls(
-                    wire.transport, wire, ssl.create_default_context(), server_hostname=host
-                )
-                wire.transport = secure
+                if wire.transport is None:
+                    raise _Refused("the server closed the connection")
+                context = ssl.create_default_context(cafile=self._ca_file)
+                secure = await loop.start_tls(wire.transport, wire, context, server_hostname=host)
+                assert secure is not None, "only a closed transport gives none"
+                wire.use(secure)
             wire.write(self._connect_line())
             for sid, subscription in self._subscriptions.items():
                 wire.write(_subscribe_line(sid, subscription))

@@ -7,6 +7,7 @@ FabricError
     ├── NodeSilent          a limit of time passed: `accept`, `first_token`, `idle` or `wall`
     ├── NodeFailed          the node said so: `code`, `is_retriable`
     ├── ProtocolBroken      a gap, a duplicate, an oversized or malformed frame, too many of them
+    ├── TooMuchHeld         answers under way hold more than a gateway may; this was the longest
     └── ConnectionLost      our own connection broke while the reply was under way
 
 `RequestBroken.had_delta` tells whether any part of the answer arrived: before it, another node may be
@@ -83,6 +84,14 @@ class NodeFailed(RequestBroken):
 
 class ProtocolBroken(RequestBroken):
     """The node broke the law of `node_agent.protocol`; the reply is worthless from there on."""
+
+
+class TooMuchHeld(RequestBroken):
+    """All answers under way together hold more than this gateway may; this one, the longest, is given up."""
+
+    @property
+    def blames_node(self) -> bool:
+        return False
 
 
 class ConnectionLost(RequestBroken):

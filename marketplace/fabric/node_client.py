@@ -9,9 +9,13 @@
 One wildcard subscription serves every reply; a frame costs one dictionary look-up, one decode and a
 wake-up, no task.  Frames are checked as they arrive (`ReplyReader`) and wait in a row that the credit
 bounds: a consumer that stops reading stops the node.  What was received before an error is given first,
-then the error is raised (`marketplace.fabric.errors.RequestBroken`).
+then the error is raised (`marketplace.fabric.errors.RequestBroken`; `TooMuchHeld` drops it instead).
 
 Leaving the `async with` before the end sends `Cancel`; so do a passed limit and a broken protocol.
+
+What waits here is bounded three times: by credit per request, by `REPLY_BYTES_MAX` per answer, and by
+`Limits.held_bytes` for the whole process, beyond which the longest answer under way is given up.  So buyers
+who do not read, together with nodes that send all they may, cannot make a gateway grow.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ import asyncio
 import logging
 import secrets
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from marketplace.fabric.connection import Connection
 from marketplace.fabric.errors import (
@@ -34,8 +39,10 @@ from marketplace.fabric.errors import (
     NodeSilent,
     ProtocolBroken,
     RequestBroken,
+    TooMuchHeld,
 )
-from marketplace.fabric.permissions import reply_subject, reply_subjects
+from marketplace.fabric.floods import UnwantedCallback
+from marketplace.fabric.permissions import answering_node, reply_subject, reply_subjects
 from node_agent.protocol import (
     ACCEPT_MS_MAX,
     FIRST_TOKEN_MS_MAX,
@@ -47,6 +54,7 @@ from node_agent.protocol import (
     Delta,
     End,
     Failed,
+    Frame,
     Heartbeat,
     NodeId,
     ProtocolError,
@@ -62,6 +70,8 @@ _log = logging.getLogger(__name__)
 IN_FLIGHT_MAX: Final = 20_000
 HEARTBEATS_MAX: Final = 2_000
 """More than ten times what ten minutes of silence need; they cost no credit, so they need a limit."""
+HELD_BYTES_MAX: Final = 512 * 1024 * 1024
+"""Received bytes of all answers whose readers are not done. Streams of 2,000 tokens have some 0.2 MB each."""
 DEADLINE_GRACE_MS: Final = 2_000
 """How long after its own deadline a node may still take to say so."""
 
@@ -85,6 +95,21 @@ class Limits:
     first_token_ms: int = FIRST_TOKEN_MS_MAX
     idle_ms: int = IDLE_MS_MAX
     wall_ms: int = WALL_MS_MAX
+    held_bytes: int = HELD_BYTES_MAX
+
+
+FrameCallback = Callable[[Frame], None]
+
+
+class Witness(Protocol):
+    """Somebody who looks at a few answers as they pass (`marketplace.reputation`)."""
+
+    def watch(self, node: NodeId, request: Request) -> FrameCallback | None:
+        """Give what is to be called with each frame of the answer, None for an answer nobody looks at.
+
+        It runs in the read loop: it must be quick, keep little, and not raise.
+        """
+        ...
 
 
 class Reply:
@@ -107,7 +132,9 @@ class Reply:
         "_timer",
         "_waiter",
         "_wall_s",
+        "_watch",
         "had_delta",
+        "held_bytes",
         "is_accepted",
         "is_over",
         "key",
@@ -115,7 +142,9 @@ class Reply:
         "request_id",
     )
 
-    def __init__(self, client: NodeClient, key: bytes, node: NodeId, request: Request) -> None:
+    def __init__(
+        self, client: NodeClient, key: bytes, node: NodeId, request: Request, watch: FrameCallback | None
+    ) -> None:
         self._client = client
         self._loop = asyncio.get_running_loop()
         self._reader = ReplyReader(request.credit)
@@ -124,6 +153,7 @@ class Reply:
         self._waiter: asyncio.Future[None] | None = None
         self._error: RequestBroken | None = None
         self._heartbeats = 0
+        self._watch = watch
         self._is_stream = request.stream
         self._started_s = self._last_s = self._loop.time()
         limits = client.limits
@@ -133,6 +163,8 @@ class Reply:
         self.request_id = request.id
         self.is_accepted = False
         self.had_delta = False
+        self.held_bytes = 0
+        """Received so far: what is kept of the answer, here and by its reader, is in proportion to it."""
         self.is_over = False
         """Nothing more will arrive; frames may still be waiting to be read."""
         self._timer = self._loop.call_at(self._due()[0], self._check_limits)
@@ -203,6 +235,7 @@ class Reply:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
+        self._client.release(self)
 
     # -- what the client calls
 
@@ -213,6 +246,12 @@ class Reply:
             self.fail(ProtocolBroken(str(error)), is_node_at_work=True)
             return
         self._last_s = self._loop.time()
+        self.held_bytes += len(payload)
+        self._client.hold(len(payload))
+        if self.is_over:
+            return  # it was the longest of too much
+        if self._watch is not None:
+            self._watch(frame)
         kind = type(frame)
         if kind is Delta:
             self.had_delta = True
@@ -245,6 +284,13 @@ class Reply:
         self._end()
         if is_node_at_work:
             self._client.tell(self.node, Cancel(self.request_id))
+
+    def give_up(self, error: RequestBroken) -> None:
+        """End with `error` at once, dropping what waits here, even the end of a whole answer."""
+        self._frames.clear()
+        self.fail(error, is_node_at_work=True)
+        error.had_delta = self.had_delta
+        self._error = error
 
     def _end(self) -> None:
         self.is_over = True
@@ -280,9 +326,24 @@ class Reply:
 class NodeClient:
     """Every request of this process to any node."""
 
-    def __init__(self, connection: Connection, *, limits: Limits | None = None) -> None:
-        """`connection`: of the user `marketplace`; may be shared with other subscribers."""
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        limits: Limits | None = None,
+        on_unwanted: UnwantedCallback | None = None,
+    ) -> None:
+        """`connection`: of the user `marketplace`; may be shared with other subscribers.
+
+        `on_unwanted`: told of every frame that nobody waits for.
+        """
         self.limits = limits or Limits()
+        self.witness: Witness | None = None
+        """Who looks at answers as they pass; nobody until set."""
+        self.held_bytes = 0
+        """Received bytes of all answers whose readers are not done."""
+        self._unreleased: set[Reply] = set()
+        self._on_unwanted = on_unwanted
         self._connection = connection
         self._gateway = secrets.token_hex(8)
         self._next = 0
@@ -315,10 +376,12 @@ class NodeClient:
         if len(self._replies) >= IN_FLIGHT_MAX:
             raise FabricUnavailable(f"{IN_FLIGHT_MAX} requests are in flight")
         self._next += 1
-        subject = reply_subject(self._gateway, str(self._next))
+        subject = reply_subject(self._gateway, self._next, node)
         self._connection.publish(request_subject(node), encode(request), subject)
-        reply = Reply(self, subject.encode(), node, request)
+        watch = None if self.witness is None else self.witness.watch(node, request)
+        reply = Reply(self, subject.encode(), node, request, watch)
         self._replies[reply.key] = reply
+        self._unreleased.add(reply)
         self._by_request[request.id] = reply
         return reply
 
@@ -339,6 +402,20 @@ class NodeClient:
         except FabricUnavailable as error:
             _log.debug("control message not sent: %s", error)
 
+    def hold(self, size: int) -> None:
+        """Count received bytes; beyond what may be held the longest answer under way is given up."""
+        self.held_bytes += size
+        if self.held_bytes > self.limits.held_bytes:
+            longest = max(self._unreleased, key=lambda reply: reply.held_bytes)
+            self.release(longest)
+            longest.give_up(TooMuchHeld("this gateway holds too much at once"))
+
+    def release(self, reply: Reply) -> None:
+        """Nothing is kept of this answer any more."""
+        if reply in self._unreleased:
+            self._unreleased.remove(reply)
+            self.held_bytes -= reply.held_bytes
+
     def forget(self, reply: Reply) -> None:
         self._replies.pop(reply.key, None)
         self._by_request.pop(reply.request_id, None)
@@ -350,6 +427,8 @@ class NodeClient:
         found = self._replies.get(subject)
         if found is not None:
             found.receive(payload)
+        elif self._on_unwanted is not None:
+            self._on_unwanted(answering_node(subject), len(payload))
 
     def _absent(self, subject: bytes) -> None:
         found = self._replies.get(subject)

@@ -20,14 +20,19 @@ UNLIMITED: Final = -1
 is ignored here), so sizes are checked by their readers; the server's own `max_payload` stands above them."""
 
 
-def reply_subject(gateway: str, request: str) -> str:
-    """Where one request of one gateway is answered."""
-    return f"reply.{gateway}.{request}"
+def reply_subject(gateway: str, number: int, node: NodeId) -> str:
+    """Where one request of one gateway is answered, and by whom alone."""
+    return f"reply.{gateway}.{number}.{node}"
 
 
 def reply_subjects(gateway: str) -> str:
     """Every answer to one gateway, for its one subscription."""
-    return f"reply.{gateway}.*"
+    return f"reply.{gateway}.*.*"
+
+
+def answering_node(subject: bytes) -> NodeId:
+    """Tell which node published on this reply subject: NATS lets no other do so."""
+    return NodeId(subject[subject.rfind(b".") + 1 :].decode("ascii", "replace"))
 
 
 def node_permissions(node: NodeId) -> dict[str, Any]:

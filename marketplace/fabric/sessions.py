@@ -3,6 +3,7 @@
 The row of a node names its connection as NATS does: (server id, client number).  A newer connection
 replaces the older in one statement and cuts it; a sweep every second cuts what was revoked, and repeats
 until the server has confirmed, so that a lost message or a dead gateway cannot keep a revoked node alive.
+A node that floods (`floods`) is cut too, and stays out for a minute.
 Cutting goes through the system account: `$SYS.REQ.SERVER.<id>.KICK` (nats-server 2.15.1).
 Client numbers are never reused by a server, so cutting twice is harmless.
 """
@@ -30,11 +31,14 @@ SWEEP_EVERY_S: Final = 1.0
 KICK_DEADLINE_S: Final = 2.0
 SWEEP_ROWS_MAX: Final = 500
 NOT_FOUND: Final = 404
+BARRED_S: Final = 60
+"""How long a node that floods stays out; each new flood begins it anew."""
 
 _ADMIT: Final = text("""
     WITH before AS (
         SELECT id, session_server, session_client FROM nodes
         WHERE public_key = :public_key AND revoked_at IS NULL
+            AND (barred_until IS NULL OR barred_until <= now())
         FOR UPDATE
     )
     UPDATE nodes SET session_server = :server, session_client = :client
@@ -46,6 +50,12 @@ _TO_CUT: Final = text("""
     WHERE revoked_at IS NOT NULL AND session_server IS NOT NULL
     ORDER BY id LIMIT :rows
 """)
+_BAR: Final = text("""
+    UPDATE nodes SET barred_until = now() + make_interval(secs => :seconds)
+    WHERE id = :id
+    RETURNING session_server, session_client
+""")
+_OFFENCE: Final = text("INSERT INTO node_offences (node_id, kind) VALUES (:id, 'flood')")
 _FORGET: Final = text("""
     UPDATE nodes SET session_server = NULL, session_client = NULL
     WHERE id = :id AND session_server = :server AND session_client = :client
@@ -107,6 +117,18 @@ class Sessions:
             return True
         failure = json.loads(answer).get("error")
         return failure is None or failure.get("code") == NOT_FOUND or "not found" in str(failure).lower()
+
+    async def expel(self, node_id: NodeId) -> bool:
+        """Cut a node that floods and bar it for `BARRED_S`, on record; False if there is no such node."""
+        async with transaction(self._engine) as connection:
+            row = (await connection.execute(_BAR, {"id": node_id, "seconds": BARRED_S})).first()
+            if row is None:
+                return False
+            await connection.execute(_OFFENCE, {"id": node_id})
+        _log.warning("node %s floods us and is cut off", node_id)
+        if row.session_server is not None:
+            await self.cut(Session(row.session_server, row.session_client))
+        return True
 
     async def sweep(self) -> int:
         """Cut the connections of revoked nodes; give back how many are gone for certain."""

@@ -1,6 +1,6 @@
 """The fabric's tables: who may connect as a node, and the tokens that let a node enrol.
 
-The migration `fabric_0001` is the truth (constraints and grants).
+The migrations `fabric_…` are the truth (constraints and grants).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ nodes: Final = Table(
     # The live connection, as NATS names it: nobody else of this node may be connected.
     Column("session_server", Text),
     Column("session_client", BigInteger),
+    Column("barred_until", DateTime(timezone=True)),
 )
 
 enrolment_tokens: Final = Table(

@@ -1,7 +1,6 @@
 """The default nervous system: a real nats-server with JetStream, on loopback, owned by one process.
 
-Two users may connect with a password, both ours: `auth`, which answers the server's auth callout, and
-`marketplace`.  Everybody else (the nodes) is decided by the callout (`marketplace.fabric.callout`).
+What it is told, and how a production server's text differs: `nats_configuration`.
 """
 
 from __future__ import annotations
@@ -15,33 +14,19 @@ import subprocess
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import nkeys
 
+from marketplace.platform import nats_configuration
 from marketplace.platform.errors import ServerFault
+from marketplace.platform.nats_configuration import Cluster, NatsCredentials, Server, Tls
 from marketplace.platform.processes import require_free_port, require_linux, start_child, stop_child, tail
 
+__all__ = ["EmbeddedNats", "NatsCredentials", "load_or_make_credentials"]
+
 START_DEADLINE_S: Final = 15
-PAYLOAD_BYTES_MAX: Final = 2 * 1024 * 1024
-"""Above the largest request (1 MiB body) and frame (256 KiB) with room for their envelopes."""
-
-
-@dataclass(frozen=True, slots=True)
-class NatsCredentials:
-    """What the marketplace's processes need to speak to the server; secrets."""
-
-    password: str
-    """Of both users, `auth` and `marketplace`."""
-    issuer_seed: str
-    """Account nkey seed that signs the callout's answers."""
-
-    @property
-    def issuer(self) -> str:
-        """The account's public key, which the server is told to trust."""
-        return str(nkeys.from_seed(self.issuer_seed.encode()).public_key.decode())
 
 
 def load_or_make_credentials(folder: Path) -> NatsCredentials:
@@ -73,40 +58,23 @@ def _binary() -> str:
     return found
 
 
-def _nobodys_key() -> str:
-    """A user nkey whose seed is thrown away."""
-    seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
-    return str(nkeys.from_seed(seed).public_key.decode())
-
-
-def _configuration(port: int, home: Path, credentials: NatsCredentials) -> str:
-    return f"""\
-server_name: "tollway-{port}"
-listen: "127.0.0.1:{port}"
-max_payload: {PAYLOAD_BYTES_MAX}
-max_pending: 64MB
-write_deadline: "10s"
-jetstream {{ store_dir: "{home / "jetstream"}", max_memory_store: 64MB, max_file_store: 4GB }}
-accounts {{
-  # nats-server sends nonces, which nodes sign, only where some nkey user exists; nobody has this one's seed.
-  AUTH {{ users: [ {{ user: "auth", password: "{credentials.password}" }}, {{ nkey: "{_nobodys_key()}" }} ] }}
-  APP {{ jetstream: enabled, users: [ {{ user: "marketplace", password: "{credentials.password}" }} ] }}
-  SYS {{ users: [ {{ user: "system", password: "{credentials.password}" }} ] }}
-}}
-system_account: SYS
-authorization {{
-  timeout: 5
-  auth_callout {{ issuer: "{credentials.issuer}", account: AUTH, auth_users: [ auth, marketplace, system ] }}
-}}
-"""
-
-
 class EmbeddedNats:
-    """One nats-server, alive as long as this process."""
+    """One nats-server, alive as long as this process; alone, or one of a cluster."""
 
-    def __init__(self, home: Path, port: int, credentials: NatsCredentials) -> None:
+    def __init__(
+        self,
+        home: Path,
+        port: int,
+        credentials: NatsCredentials,
+        *,
+        tls: Tls | None = None,
+        cluster: Cluster | None = None,
+    ) -> None:
         require_linux("the embedded NATS server")
         self._home = home.resolve()
+        self._server = Server(
+            f"tollway-{port}", f"127.0.0.1:{port}", self._home / "jetstream", tls=tls, cluster=cluster
+        )
         self.port = port
         self.credentials = credentials
         self._log = self._home.parent / f"{home.name}.log"
@@ -114,7 +82,7 @@ class EmbeddedNats:
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return f"{'nats' if self._server.tls is None else 'tls'}://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -125,7 +93,7 @@ class EmbeddedNats:
         require_free_port(self.port, "NATS")
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
         configuration = self._home / "nats.conf"
-        _write_secret(configuration, _configuration(self.port, self._home, self.credentials))
+        _write_secret(configuration, nats_configuration.configuration(self._server, self.credentials))
         self._child = start_child([_binary(), "-c", str(configuration)], log=self._log)
         deadline = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline:

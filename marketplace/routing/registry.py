@@ -102,9 +102,7 @@ class _Node:
 class Registry:
     """See the module's text. `clock_ms`: monotonic milliseconds."""
 
-    def __init__(
-        self, clock_ms: Callable[[], int], *, on_unwanted: UnwantedCallback | None = None
-    ) -> None:
+    def __init__(self, clock_ms: Callable[[], int], *, on_unwanted: UnwantedCallback | None = None) -> None:
         """`on_unwanted`: told of every status that came too soon."""
         self._clock_ms = clock_ms
         self._on_unwanted = on_unwanted

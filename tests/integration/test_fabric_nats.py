@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,11 +12,21 @@ import nats
 import nats.aio.client
 import nats.aio.msg
 import nats.errors
-import nkeys
 import pytest
 import uvloop
-from pydantic import SecretStr
-from sqlalchemy import text
+from fabric_parts import (
+    NodeKey,
+    Prices,
+    SpeakingNode,
+    a_request,
+    an_operator,
+    connect,
+    delta,
+    enrolled,
+    eventually,
+    fabric_settings,
+    knock,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from marketplace.fabric import enrolment
@@ -38,12 +44,11 @@ from marketplace.platform import embedded_nats
 from marketplace.platform.database import transaction
 from marketplace.platform.embedded_nats import EmbeddedNats
 from marketplace.platform.processes import free_port
-from marketplace.platform.settings import Environment, Settings
+from marketplace.platform.settings import Settings
 from marketplace.routing.service import FabricService
 from node_agent import protocol
-from node_agent.protocol import Accepted, ChoiceDelta, Delta, End, Failed, FailureCode, Heartbeat, NodeId
+from node_agent.protocol import Accepted, Delta, End, Failed, FailureCode, Heartbeat, NodeId
 
-SECRET = "s" * 40
 SHORT = Limits(accept_ms=800, first_token_ms=1_200, idle_ms=800, wall_ms=2_000)
 
 
@@ -52,126 +57,17 @@ SHORT = Limits(accept_ms=800, first_token_ms=1_200, idle_ms=800, wall_ms=2_000)
 
 @pytest.fixture
 def settings(nats_server: EmbeddedNats, database_url: str) -> Settings:
-    return Settings(
-        environment=Environment.DEVELOPMENT,
-        data_dir=Path("unused"),
-        database_url=SecretStr(database_url),
-        nats_url=nats_server.url,
-        nats_password=SecretStr(nats_server.credentials.password),
-        nats_issuer_seed=SecretStr(nats_server.credentials.issuer_seed),
-        secret=SecretStr(SECRET),
-    )
-
-
-class _Prices:
-    """Numbers versions in memory."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str, int, int]] = []
-
-    async def version_of(self, node_id: str, model: str, price_in: int, price_out: int) -> int:
-        self.asked.append((node_id, model, price_in, price_out))
-        return len(self.asked)
+    return fabric_settings(nats_server, database_url)
 
 
 @pytest.fixture
 async def service(settings: Settings, engine: AsyncEngine) -> AsyncIterator[FabricService]:
-    service = FabricService(settings, engine, _Prices())
+    service = FabricService(settings, engine, Prices())
     await service.start()
     try:
         yield service
     finally:
         await service.stop()
-
-
-class _Key:
-    """A node's key pair."""
-
-    def __init__(self) -> None:
-        self.seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode()
-        self.pair = nkeys.from_seed(self.seed.encode())
-        self.public_key = str(self.pair.public_key.decode())
-
-    def answer(self, nonce: str) -> dict[str, object]:
-        """CONNECT options that prove the key."""
-        return {"nkey": self.public_key, "sig": protocol.to_base64url(self.pair.sign(nonce.encode()))}
-
-    def enroll_request(
-        self, token: str, *, time_ms: int | None = None, name: str = ""
-    ) -> protocol.EnrollRequest:
-        at = int(time.time() * 1000) if time_ms is None else time_ms
-        signature = self.pair.sign(protocol.enroll_signing_bytes(token, self.public_key, at))
-        return protocol.EnrollRequest(
-            token=token,
-            public_key=self.public_key,
-            time_ms=at,
-            signature=protocol.to_base64url(signature),
-            agent_version="test",
-            name=name,
-        )
-
-
-async def an_operator(engine: AsyncEngine) -> uuid.UUID:
-    person = uuid.uuid4()
-    async with transaction(engine) as connection:
-        await connection.execute(
-            text("INSERT INTO people (id, display_name, is_operator) VALUES (:id, 'Olga', true)"),
-            {"id": person},
-        )
-    return person
-
-
-async def enrolled(engine: AsyncEngine, key: _Key, operator: uuid.UUID | None = None) -> NodeId:
-    operator = operator or await an_operator(engine)
-    now = datetime.now(UTC)
-    async with transaction(engine) as connection:
-        token, _ = await enrolment.make_token(
-            connection, secret=SECRET.encode(), operator_id=operator, now=now
-        )
-        found = await enrolment.enroll(
-            connection, secret=SECRET.encode(), request=key.enroll_request(token), now=now
-        )
-    return found.node_id
-
-
-async def connect(
-    server: EmbeddedNats, key: _Key, errors: list[Exception] | None = None
-) -> nats.aio.client.Client:
-    async def note(error: Exception) -> None:
-        if errors is not None:
-            errors.append(error)
-
-    return await nats.connect(
-        server.url, nkeys_seed_str=key.seed, allow_reconnect=False, connect_timeout=3, error_cb=note
-    )
-
-
-async def eventually(holds: Callable[[], bool], within_s: float = 5) -> float:
-    began = time.monotonic()
-    while not holds():
-        if time.monotonic() - began > within_s:
-            raise AssertionError("it never happened")
-        await asyncio.sleep(0.02)
-    return time.monotonic() - began
-
-
-async def knock(url: str, options: Callable[[str], dict[str, object]]) -> str:
-    """Connect with raw options made from the server's nonce; give the server's last word."""
-    port = int(url.rsplit(":", 1)[1])
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        info = json.loads((await reader.readline())[5:])
-        connect = {"verbose": False, "pedantic": False, "protocol": 1, **options(info["nonce"])}
-        writer.write(b"CONNECT " + json.dumps(connect).encode() + b"\r\nPING\r\n")
-        async with asyncio.timeout(8):
-            while line := await reader.readline():
-                if not line.startswith(b"INFO"):
-                    return line.decode().strip()
-        return "closed"
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
 
 
 # -- who may connect
@@ -180,10 +76,10 @@ async def knock(url: str, options: Callable[[str], dict[str, object]]) -> str:
 async def test_an_enrolled_key_connects_and_an_unknown_one_does_not(
     service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
-    key = _Key()
+    key = NodeKey()
     await enrolled(engine, key)
     assert await knock(nats_server.url, key.answer) == "PONG"
-    assert "Authorization Violation" in await knock(nats_server.url, _Key().answer)
+    assert "Authorization Violation" in await knock(nats_server.url, NodeKey().answer)
 
 
 async def test_nobody_connects_without_a_key_or_with_a_guessed_password(
@@ -196,7 +92,7 @@ async def test_nobody_connects_without_a_key_or_with_a_guessed_password(
 async def test_a82_a_recorded_signature_does_not_open_a_second_connection(
     service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
-    key = _Key()
+    key = NodeKey()
     await enrolled(engine, key)
     recorded: dict[str, object] = {}
 
@@ -211,7 +107,7 @@ async def test_a82_a_recorded_signature_does_not_open_a_second_connection(
 async def test_a82_another_nodes_public_key_does_not_help(
     service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
-    known, unknown = _Key(), _Key()
+    known, unknown = NodeKey(), NodeKey()
     await enrolled(engine, known)
     stolen = lambda nonce: {**unknown.answer(nonce), "nkey": known.public_key}  # noqa: E731
     assert "Authorization Violation" in await knock(nats_server.url, stolen)
@@ -223,7 +119,7 @@ async def test_a82_another_nodes_public_key_does_not_help(
 async def test_a_node_can_neither_hear_another_node_nor_speak_for_it(
     service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
-    one, two = _Key(), _Key()
+    one, two = NodeKey(), NodeKey()
     node_one, node_two = await enrolled(engine, one), await enrolled(engine, two)
     errors: list[Exception] = []
     client = await connect(nats_server, one, errors)
@@ -257,7 +153,7 @@ async def test_a_node_can_neither_hear_another_node_nor_speak_for_it(
 async def test_a82_a_newer_connection_of_a_node_cuts_the_older(
     service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
-    key = _Key()
+    key = NodeKey()
     await enrolled(engine, key)
     older = await connect(nats_server, key)
     newer = await connect(nats_server, key)
@@ -272,7 +168,7 @@ async def test_a82_a_newer_connection_of_a_node_cuts_the_older(
 async def test_revocation_cuts_a_live_connection_within_five_seconds_and_for_ever(
     service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
-    key = _Key()
+    key = NodeKey()
     operator = await an_operator(engine)
     node_id = await enrolled(engine, key, operator)
     client = await connect(nats_server, key)
@@ -292,51 +188,13 @@ async def test_revocation_cuts_a_live_connection_within_five_seconds_and_for_eve
 # -- a reply's way
 
 
-class _Node:
-    """A node that speaks the protocol as a test tells it to."""
-
-    def __init__(self, node_id: NodeId, client: nats.aio.client.Client) -> None:
-        self.node_id = node_id
-        self.client = client
-        self.requests: asyncio.Queue[tuple[protocol.Request, str]] = asyncio.Queue()
-        self.controls: list[protocol.Control] = []
-
-    async def start(self) -> None:
-        async def requested(message: nats.aio.msg.Msg) -> None:
-            self.requests.put_nowait((protocol.decode_request(message.data), message.reply))
-
-        async def controlled(message: nats.aio.msg.Msg) -> None:
-            self.controls.append(protocol.decode_control(message.data))
-
-        await self.client.subscribe(protocol.request_subject(self.node_id), cb=requested)
-        await self.client.subscribe(protocol.control_subject(self.node_id), cb=controlled)
-        await self.client.flush()
-        await self.client.flush()  # nats-py's first ping may overtake the subscriptions
-
-    async def taken(self) -> tuple[protocol.Request, str]:
-        return await asyncio.wait_for(self.requests.get(), 5)
-
-    async def say(self, reply: str, *frames: protocol.Frame) -> None:
-        for frame in frames:
-            await self.client.publish(reply, protocol.encode(frame))
-
-    @property
-    def credit(self) -> int:
-        """The largest `up_to` granted so far by `Credit`s."""
-        return max((c.up_to for c in self.controls if isinstance(c, protocol.Credit)), default=0)
-
-    @property
-    def cancelled(self) -> list[str]:
-        return [c.id for c in self.controls if isinstance(c, protocol.Cancel)]
-
-
 @pytest.fixture
 async def node(
     service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
-) -> AsyncIterator[_Node]:
-    key = _Key()
+) -> AsyncIterator[SpeakingNode]:
+    key = NodeKey()
     node_id = await enrolled(engine, key)
-    node = _Node(node_id, await connect(nats_server, key))
+    node = SpeakingNode(node_id, await connect(nats_server, key))
     await node.start()
     try:
         yield node
@@ -344,22 +202,12 @@ async def node(
         await node.client.close()
 
 
-def a_request(credit: int = protocol.CREDIT_DEFAULT, *, stream: bool = True) -> protocol.Request:
-    return protocol.Request(
-        v=1, id=uuid.uuid4().hex, model="m", body=b"{}", stream=stream, deadline_ms=60_000, credit=credit
-    )
-
-
-def delta(seq: int, text: str = "x") -> Delta:
-    return Delta(seq, [ChoiceDelta(content=text)])
-
-
 async def read_until_error(reply: Reply, frames: list[protocol.Frame]) -> None:
     async for frame in reply:
         frames.append(frame)  # noqa: PERF401 - a comprehension would lose them when it raises
 
 
-async def test_a_stream_arrives_whole_and_in_order(service: FabricService, node: _Node) -> None:
+async def test_a_stream_arrives_whole_and_in_order(service: FabricService, node: SpeakingNode) -> None:
     async with service.nodes.request(node.node_id, a_request(credit=8)) as reply:
 
         async def serve() -> None:
@@ -381,7 +229,9 @@ async def test_a_stream_arrives_whole_and_in_order(service: FabricService, node:
     assert node.cancelled == []
 
 
-async def test_frames_that_came_together_are_given_together(service: FabricService, node: _Node) -> None:
+async def test_frames_that_came_together_are_given_together(
+    service: FabricService, node: SpeakingNode
+) -> None:
     async with service.nodes.request(node.node_id, a_request()) as reply:
         _, subject = await node.taken()
         await node.say(subject, Accepted(0), delta(1), delta(2), End(3))
@@ -401,7 +251,7 @@ async def test_frames_that_came_together_are_given_together(service: FabricServi
     ],
 )
 async def test_a_broken_protocol_fails_after_what_was_whole(
-    service: FabricService, node: _Node, frames: list[protocol.Frame], before: int
+    service: FabricService, node: SpeakingNode, frames: list[protocol.Frame], before: int
 ) -> None:
     request = a_request(credit=2)
     async with service.nodes.request(node.node_id, request) as reply:
@@ -418,7 +268,7 @@ async def test_a_broken_protocol_fails_after_what_was_whole(
 
 
 async def test_a62_an_oversized_or_senseless_frame_fails_the_request(
-    service: FabricService, node: _Node
+    service: FabricService, node: SpeakingNode
 ) -> None:
     whole = protocol.encode(delta(0, "x" * protocol.FRAME_BYTES_MAX))
     for payload in (b"\xc1", b"x" * 100, b"", whole):
@@ -429,7 +279,7 @@ async def test_a62_an_oversized_or_senseless_frame_fails_the_request(
                 await anext(reply)
 
 
-async def test_a_nodes_own_failure_is_told_with_its_code(service: FabricService, node: _Node) -> None:
+async def test_a_nodes_own_failure_is_told_with_its_code(service: FabricService, node: SpeakingNode) -> None:
     async with service.nodes.request(node.node_id, a_request()) as reply:
         _, subject = await node.taken()
         await node.say(subject, Failed(0, FailureCode.OVERLOADED, "full", is_retriable=True))
@@ -457,7 +307,7 @@ async def test_a_nodes_own_failure_is_told_with_its_code(service: FabricService,
     ],
 )
 async def test_silence_is_an_error_that_names_its_limit(
-    service: FabricService, node: _Node, frames: list[protocol.Frame], limit: str
+    service: FabricService, node: SpeakingNode, frames: list[protocol.Frame], limit: str
 ) -> None:
     service.nodes.limits = SHORT
     request = a_request()
@@ -471,7 +321,7 @@ async def test_silence_is_an_error_that_names_its_limit(
 
 
 async def test_a62_heartbeats_bridge_silence_but_neither_the_first_token_nor_the_wall(
-    service: FabricService, node: _Node
+    service: FabricService, node: SpeakingNode
 ) -> None:
     service.nodes.limits = SHORT
     cases = (
@@ -502,7 +352,7 @@ async def test_a62_heartbeats_bridge_silence_but_neither_the_first_token_nor_the
 async def test_a_node_that_is_not_connected_is_known_at_once(
     service: FabricService, engine: AsyncEngine
 ) -> None:
-    absent = await enrolled(engine, _Key())
+    absent = await enrolled(engine, NodeKey())
     began = time.monotonic()
     async with service.nodes.request(absent, a_request()) as reply:
         with pytest.raises(NodeAbsent):
@@ -510,7 +360,7 @@ async def test_a_node_that_is_not_connected_is_known_at_once(
     assert time.monotonic() - began < protocol.ACCEPT_MS_MAX / 1000 / 2
 
 
-async def test_a_slow_consumer_slows_the_node(service: FabricService, node: _Node) -> None:
+async def test_a_slow_consumer_slows_the_node(service: FabricService, node: SpeakingNode) -> None:
     async with service.nodes.request(node.node_id, a_request(credit=4)) as reply:
         _, subject = await node.taken()
         await node.say(subject, Accepted(0), delta(1), delta(2), delta(3), delta(4))
@@ -527,7 +377,9 @@ async def test_a_slow_consumer_slows_the_node(service: FabricService, node: _Nod
         assert len([frame async for frame in reply]) == 7
 
 
-async def test_leaving_early_cancels_and_late_frames_are_dropped(service: FabricService, node: _Node) -> None:
+async def test_leaving_early_cancels_and_late_frames_are_dropped(
+    service: FabricService, node: SpeakingNode
+) -> None:
     request = a_request()
     async with service.nodes.request(node.node_id, request) as reply:
         _, subject = await node.taken()
@@ -540,7 +392,7 @@ async def test_leaving_early_cancels_and_late_frames_are_dropped(service: Fabric
     assert not service.nodes.cancel(request.id)
 
 
-async def test_cancel_by_request_id_ends_the_readers_loop(service: FabricService, node: _Node) -> None:
+async def test_cancel_by_request_id_ends_the_readers_loop(service: FabricService, node: SpeakingNode) -> None:
     request = a_request()
     async with service.nodes.request(node.node_id, request) as reply:
         reading = asyncio.create_task(read_until_error(reply, []))
@@ -551,10 +403,10 @@ async def test_cancel_by_request_id_ends_the_readers_loop(service: FabricService
 
 
 async def test_one_node_cannot_answer_for_another(
-    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats, node: _Node
+    service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats, node: SpeakingNode
 ) -> None:
     errors: list[Exception] = []
-    key = _Key()
+    key = NodeKey()
     await enrolled(engine, key)
     other = await connect(nats_server, key, errors)
     try:
@@ -571,7 +423,7 @@ async def test_one_node_cannot_answer_for_another(
         await other.close()
 
 
-async def test_a63_a_node_that_dies_mid_stream_is_noticed(service: FabricService, node: _Node) -> None:
+async def test_a63_a_node_that_dies_mid_stream_is_noticed(service: FabricService, node: SpeakingNode) -> None:
     service.nodes.limits = SHORT
     async with service.nodes.request(node.node_id, a_request()) as reply:
         _, subject = await node.taken()
@@ -665,7 +517,7 @@ async def test_a_wrong_password_is_a_typed_error_in_time(nats_server: EmbeddedNa
 async def test_statuses_make_offers_and_revocation_ends_them(
     service: FabricService, engine: AsyncEngine, nats_server: EmbeddedNats
 ) -> None:
-    key = _Key()
+    key = NodeKey()
     operator = await an_operator(engine)
     node_id = await enrolled(engine, key, operator)
     client = await connect(nats_server, key)
