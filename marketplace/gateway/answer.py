@@ -7,12 +7,12 @@ We write our own JSON and SSE from typed fields, so a node can inject no event, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import msgspec
 
 from marketplace.metering.counting import Written
-from node_agent.protocol import ChoiceDelta, Delta, End, TokenLogprob, ToolCallDelta
+from node_agent.protocol import ChoiceDelta, Delta, End, ResponseDigest, TokenLogprob, ToolCallDelta
 
 DONE: Final = b"data: [DONE]\n\n"
 encode: Final = msgspec.json.Encoder().encode
@@ -29,6 +29,8 @@ class UsageOut(msgspec.Struct, omit_defaults=True):
     cost_nano: int
     receipt_id: str
     counted_by: str
+    counted_on: str
+    """`ids` the engine sampled, or the delivered `text` encoded again."""
 
 
 class _ChoiceOut(msgspec.Struct):
@@ -43,12 +45,12 @@ class _Chunk(msgspec.Struct, omit_defaults=True):
     object: str
     created: int
     model: str
-    choices: list[_ChoiceOut]
+    choices: list[Any]
     usage: UsageOut | None = None
 
 
 @dataclass(slots=True)
-class _Choice:
+class Choice:
     """What one choice has said so far."""
 
     text: list[str] = field(default_factory=list)
@@ -113,14 +115,18 @@ class ChoiceUnknown(Exception):
 
 
 class Answer:
-    """One request's answer as it grows; `choices` is how many were asked for (`n`)."""
+    """One chat's answer as it grows; `choices` is how many were asked for (`n`)."""
+
+    ID_START: ClassVar = "chatcmpl-"
+    OBJECT: ClassVar = "chat.completion"
+    CHUNK: ClassVar = "chat.completion.chunk"
 
     def __init__(self, *, request_id: str, model: str, created_s: int, choices: int) -> None:
         self.request_id = request_id
         self._asked = choices
         self._model = model
         self._created_s = created_s
-        self._choices: dict[int, _Choice] = {}
+        self._choices: dict[int, Choice] = {}
         self.prompt_reported: int | None = None
         self.completion_reported: int | None = None
         self.has_begun = False
@@ -146,7 +152,7 @@ class Answer:
             self.completion_reported = frame.completion_tokens
 
     def _take_choice(self, delta: ChoiceDelta) -> None:
-        choice = self._choices.setdefault(delta.index, _Choice())
+        choice = self._choices.setdefault(delta.index, Choice())
         if delta.content:
             choice.text.append(delta.content)
         if delta.reasoning:
@@ -193,6 +199,18 @@ class Answer:
             for choice in self._choices.values()
         ]
 
+    def response_sha256(self) -> bytes:
+        """Hash what was said, as receipts do."""
+        digest = ResponseDigest()
+        for index, choice in self._choices.items():
+            calls = [
+                ToolCallDelta(at, name=call["name"], arguments=call["arguments"])
+                for at, call in choice.tool_calls.items()
+            ]
+            said, thought = "".join(choice.text), "".join(choice.reasoning)
+            digest.add(ChoiceDelta(index, content=said, reasoning=thought, tool_calls=calls))
+        return digest.digest()
+
     def chunk(self, frame: Delta, usage: UsageOut | None = None) -> bytes:
         """Write a frame as SSE events: one per engine event, the usage on the last."""
         if not frame.choices:
@@ -203,7 +221,13 @@ class Answer:
             for at, delta in enumerate(frame.choices)
         )
 
-    def _choice_out(self, delta: ChoiceDelta) -> _ChoiceOut:
+    @property
+    def tokens_told(self) -> int:
+        """How many token ids have come, over all choices."""
+        return sum(len(choice.ids) for choice in self._choices.values())
+
+    def _choice_out(self, delta: ChoiceDelta) -> Any:
+        """Give one event's choice; the subclass of text completions gives its own."""
         out: dict[str, Any] = {}
         choice = self._choices[delta.index]
         if not choice.delivered:
@@ -219,8 +243,8 @@ class Answer:
         finish = choice.finish_reason if delta.finish_reason is not None else None
         return _ChoiceOut(delta.index, out, _logprobs_out(delta.logprobs), finish)
 
-    def _event(self, choices: list[_ChoiceOut], usage: UsageOut | None) -> bytes:
-        chunk = _Chunk(self.request_id, "chat.completion.chunk", self._created_s, self._model, choices, usage)
+    def _event(self, choices: list[Any], usage: UsageOut | None) -> bytes:
+        chunk = _Chunk(self.request_id, self.CHUNK, self._created_s, self._model, choices, usage)
         return b"data: " + encode(chunk) + b"\n\n"
 
     def usage_event(self, usage: UsageOut) -> bytes:
@@ -229,34 +253,33 @@ class Answer:
 
     def completion(self, usage: UsageOut) -> bytes:
         """Write the whole answer as one JSON object."""
-        choices = []
-        for index in sorted(self._choices):
-            choice = self._choices[index]
-            text = "".join(choice.text)
-            message: dict[str, Any] = {"role": "assistant", "content": text}
-            if choice.reasoning:
-                message["reasoning_content"] = "".join(choice.reasoning)
-            if choice.tool_calls:
-                message["content"] = text or None
-                message["tool_calls"] = _whole_calls(choice.tool_calls)
-            choices.append(
-                {
-                    "index": index,
-                    "message": message,
-                    "logprobs": _logprobs_out(choice.logprobs),
-                    "finish_reason": choice.finish_reason or "stop",
-                }
-            )
         return encode(
             {
                 "id": self.request_id,
-                "object": "chat.completion",
+                "object": self.OBJECT,
                 "created": self._created_s,
                 "model": self._model,
-                "choices": choices,
+                "choices": [
+                    self._whole_choice(index, self._choices[index]) for index in sorted(self._choices)
+                ],
                 "usage": usage,
             }
         )
+
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        text = "".join(choice.text)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if choice.reasoning:
+            message["reasoning_content"] = "".join(choice.reasoning)
+        if choice.tool_calls:
+            message["content"] = text or None
+            message["tool_calls"] = _whole_calls(choice.tool_calls)
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": _logprobs_out(choice.logprobs),
+            "finish_reason": choice.finish_reason or "stop",
+        }
 
 
 def error_event(body: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""Serving one chat request, from key to last byte.
+"""Serving one chat or text completion, from key to last byte.
 
 key → limits → parse and bound → choose nodes → authorise from the lease → relay → count → post the charge
 → last byte.  The law:
@@ -29,8 +29,11 @@ from marketplace.fabric.node_client import AnswerFrame, NodeClient
 from marketplace.gateway import metrics
 from marketplace.gateway.answer import DONE, Answer, ChoiceUnknown, encode, error_event
 from marketplace.gateway.billing import BIG_TEXT_BYTES, Billing
+from marketplace.gateway.completions import PATH as COMPLETIONS_PATH
+from marketplace.gateway.completions import CompletionAnswer, parse_completion
 from marketplace.gateway.ports import Keys, LedgerAccounts, ModelFacts, Shelf
-from marketplace.gateway.requests import ChatRequest, engine_body, known_messages, parse_chat
+from marketplace.gateway.receipts_writer import ReceiptWriter
+from marketplace.gateway.requests import InferenceRequest, engine_body, parse_chat
 from marketplace.gateway.responder import BuyerGone, Headers, Responder
 from marketplace.gateway.session import Session
 from marketplace.ledger.errors import InsufficientFunds, LedgerError, LedgerFault, UnknownResult
@@ -58,6 +61,7 @@ from node_agent.protocol import VERSION, WALL_MS_MAX, Delta, End, FailureCode, R
 _log = logging.getLogger(__name__)
 _chance = secrets.SystemRandom()
 
+PATH: Final = b"/v1/chat/completions"
 NODES_RETRY_AFTER_S: Final = 5
 LEDGER_RETRY_AFTER_S: Final = 2
 EXPECTED_COMPLETION_TOKENS: Final = 256
@@ -66,10 +70,11 @@ BUYER_LEFT: Final = 499
 """Status of a usage row whose buyer closed the connection; nginx' number for it."""
 ENGINE_WORDS_MAX: Final = 300
 DRAIN_S_MAX: Final = 10
+SPEED_TOKENS_MIN: Final = 16
 
 
 class ChatService:
-    """Serves `POST /v1/chat/completions` for one gateway process."""
+    """Serves `POST /v1/chat/completions` and `/v1/completions` for one gateway process."""
 
     def __init__(
         self,
@@ -81,6 +86,7 @@ class ChatService:
         nodes: NodeClient,
         keeper: LeaseKeeper,
         poster: Poster,
+        receipts: ReceiptWriter,
         accounts: LedgerAccounts,
         clock: Clock,
         secret: bytes,
@@ -96,7 +102,9 @@ class ChatService:
         self._clock = clock
         self._secret = secret
         self._trusted_proxies = trusted_proxies
-        self._billing = Billing(poster=poster, keeper=keeper, accounts=accounts, clock=clock)
+        self._billing = Billing(
+            poster=poster, keeper=keeper, receipts=receipts, accounts=accounts, clock=clock
+        )
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -184,15 +192,16 @@ class ChatService:
                 raise session.taken.refusal()
         session.buyer = await self._accounts.buyer(session.person_id)
         body = await responder.read_body()
-        request = session.request = parse_chat(body)
+        session.request_sha256 = hashlib.sha256(body).digest()
+        is_chat = responder.path != COMPLETIONS_PATH
+        request = session.request = parse_chat(body) if is_chat else parse_completion(body)
         session.model = request.model
         model = self._shelf.model(request.model)
         if model is None:
             raise Refusal(404, "model_not_found", f"no model is named {request.model!r}", param="model")
         session.counter = await self._counter(model)
-        session.prompt_tokens = await self._count_prompt(
-            session.counter, request, is_big=len(body) > BIG_TEXT_BYTES
-        )
+        counts = await self._count_prompts(session.counter, request, is_big=len(body) > BIG_TEXT_BYTES)
+        session.prompt_tokens, session.prompt_longest = sum(counts), max(counts)
         _check_context(session, request, model)
         if not self._billing.is_ready:
             raise Refusal(
@@ -249,16 +258,17 @@ class ChatService:
                 retry_after_s=NODES_RETRY_AFTER_S,
             ) from e  # fmt: skip
 
-    async def _count_prompt(self, counter: TokenCounter, request: ChatRequest, *, is_big: bool) -> int:
-        messages = known_messages(request)
+    async def _count_prompts(
+        self, counter: TokenCounter, request: InferenceRequest, *, is_big: bool
+    ) -> list[int]:
         try:
             if is_big:
-                return len(await asyncio.to_thread(counter.prompt_ids, messages, request.tools))
-            return len(counter.prompt_ids(messages, request.tools))
+                return await asyncio.to_thread(request.prompt_counts, counter)
+            return request.prompt_counts(counter)
         except PromptRefused as e:
-            raise Refusal(400, "invalid_messages", str(e), param="messages") from e
+            raise Refusal(400, "invalid_messages", str(e), param=request.prompt_field) from e
 
-    def _choose(self, session: Session, request: ChatRequest) -> Sequence[NodeView]:
+    def _choose(self, session: Session, request: InferenceRequest) -> Sequence[NodeView]:
         decision = choose(
             Question(
                 self._registry.views(session.model),
@@ -266,7 +276,7 @@ class ChatService:
                 _chance.random(),
                 prompt_tokens=session.prompt_tokens,
                 completion_tokens=request.wanted_tokens or EXPECTED_COMPLETION_TOKENS,
-                context_min=session.prompt_tokens + (request.wanted_tokens or 1),
+                context_min=session.prompt_longest + (request.wanted_tokens or 1),
                 preferences=_preferences(request),
             )
         )
@@ -281,7 +291,7 @@ class ChatService:
         return decision.candidates
 
     async def _authorise(
-        self, session: Session, request: ChatRequest, candidates: Sequence[NodeView], context: int
+        self, session: Session, request: InferenceRequest, candidates: Sequence[NodeView], context: int
     ) -> None:
         """Set the worst case aside, or as much of it as the balance affords, and bound the answer by it.
 
@@ -290,7 +300,7 @@ class ChatService:
         """
         price_in = max(node.price_in for node in candidates)
         price_out = max(node.price_out for node in candidates)
-        room = min(context, *(node.context for node in candidates)) - session.prompt_tokens
+        room = min(context, *(node.context for node in candidates)) - session.prompt_longest
         wanted = request.wanted_tokens or room
         least = min(wanted, max(1, request.min_tokens or 1))
 
@@ -321,7 +331,11 @@ class ChatService:
     # ---- serving
 
     async def _relay(
-        self, responder: Responder, session: Session, request: ChatRequest, candidates: Sequence[NodeView]
+        self,
+        responder: Responder,
+        session: Session,
+        request: InferenceRequest,
+        candidates: Sequence[NodeView],
     ) -> None:
         assert session.person_id is not None
         body = engine_body(
@@ -330,8 +344,9 @@ class ChatService:
         failure: RequestBroken | None = None
         for node in candidates:
             session.node, session.first_delta = node, None
-            session.answer = Answer(
-                request_id=f"chatcmpl-{session.request_id.hex}",
+            answer_kind = Answer if request.kind == "chat" else CompletionAnswer
+            session.answer = answer_kind(
+                request_id=f"{answer_kind.ID_START}{session.request_id.hex}",
                 model=session.model,
                 created_s=int(self._clock.now().timestamp()),
                 choices=request.choices,
@@ -366,14 +381,15 @@ class ChatService:
 
     async def _relay_from(self, node: NodeView, responder: Responder, session: Session, body: bytes) -> None:
         """Relay one node's answer up to (not with) its last part; RequestBroken or BuyerGone otherwise."""
-        assert session.answer is not None
-        answer = session.answer
+        answer, request = session.answer, session.request
+        assert answer is not None
+        assert request is not None
         left_ms = WALL_MS_MAX - int((self._clock.monotonic() - session.started) * 1000)
         if responder.is_gone:
             raise BuyerGone
         message = Request(
             v=VERSION, id=session.request_id.hex, model=session.model, body=body, stream=session.is_stream,
-            deadline_ms=max(1, left_ms),
+            deadline_ms=max(1, left_ms), kind=request.kind,
         )  # fmt: skip
         outcome, sent_at = Outcome.NEUTRAL, self._clock.monotonic()
         self._registry.begin(node.node_id, session.model)
@@ -394,9 +410,17 @@ class ChatService:
             raise
         finally:
             responder.when_gone(None)
-            first = session.first_delta
-            first_token_ms = None if first is None else int((first - sent_at) * 1000)
-            self._registry.finish(node.node_id, session.model, outcome, first_token_ms=first_token_ms)
+            first = session.first_delta if session.is_stream else None  # else the node gathers all of it
+            self._registry.finish(
+                node.node_id, session.model, outcome,
+                first_token_ms=None if first is None else int((first - sent_at) * 1000),
+                tokens_per_s=None if first is None else self._speed(answer, first),
+            )  # fmt: skip
+
+    def _speed(self, answer: Answer, first: float) -> int | None:
+        """Tokens per second after the first, None where there are too few to tell."""
+        tokens, seconds = answer.tokens_told, self._clock.monotonic() - first
+        return int(tokens / seconds) if tokens >= SPEED_TOKENS_MIN and seconds > 0 else None
 
     def _take(self, frame: AnswerFrame, responder: Responder, session: Session) -> bytes:
         """Note a frame; give what of it the buyer may see now."""
@@ -424,7 +448,7 @@ class ChatService:
         session.held_back.append(frame)  # every choice has ended: the rest waits for the commit
         return b""
 
-    async def _finish(self, responder: Responder, session: Session, request: ChatRequest) -> None:
+    async def _finish(self, responder: Responder, session: Session, request: InferenceRequest) -> None:
         assert session.answer is not None
         answer = session.answer
         began = self._clock.monotonic()
@@ -477,15 +501,15 @@ class ChatService:
         return hmac.new(self._secret, b"cache-salt" + person_id.bytes, hashlib.sha256).hexdigest()[:32]
 
 
-def _check_context(session: Session, request: ChatRequest, model: ModelFacts) -> None:
+def _check_context(session: Session, request: InferenceRequest, model: ModelFacts) -> None:
     """Refuse what does not fit the model's context (A66)."""
-    prompt = session.prompt_tokens
+    prompt = session.prompt_longest
     if prompt + (request.wanted_tokens or 1) > model.context:
         wanted = "" if request.wanted_tokens is None else f" and {request.wanted_tokens} are asked for"
         raise Refusal(
             400, "context_length_exceeded",
             f"the prompt has {prompt} tokens{wanted}; {model.name} takes {model.context} in all",
-            param="messages" if prompt >= model.context else "max_tokens",
+            param=request.prompt_field if prompt >= model.context else "max_tokens",
         )  # fmt: skip
 
 
@@ -501,13 +525,14 @@ def _without_text(error: Exception) -> Exception:
     return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
 
 
-def _preferences(request: ChatRequest) -> Preferences:
+def _preferences(request: InferenceRequest) -> Preferences:
     wish = request.provider
     if wish is None:
         return NO_PREFERENCES
     return Preferences(
         price_in_max=wish.max_price_in,
         price_out_max=wish.max_price_out,
+        operator=wish.operator,
         only=frozenset(wish.only or ()),
         ignore=frozenset(wish.ignore or ()),
         order=tuple(wish.order or ()),

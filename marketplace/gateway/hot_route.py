@@ -1,6 +1,6 @@
-"""`POST /v1/chat/completions` below the framework.
+"""`POST /v1/chat/completions` and `/v1/completions` below the framework.
 
-A subclass of uvicorn's httptools protocol that answers one path itself and leaves every other request
+A subclass of uvicorn's httptools protocol that answers two paths itself and leaves every other request
 to the ASGI application.  For both it bounds what uvicorn leaves open: the size of a request's head and
 the time a request may take to arrive.  It relies on uvicorn's internals (`HttpToolsProtocol`'s `cycle`,
 `flow`, `pipeline` and `_start_asgi_task`), so the version is pinned and
@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from marketplace.gateway import chat, completions
 from marketplace.gateway.requests import BODY_BYTES_MAX
 from marketplace.gateway.responder import (
     BODY_S_MAX,
@@ -32,7 +33,7 @@ from marketplace.gateway.responder import (
 )
 from marketplace.platform.http import Refusal
 
-PATH: Final = b"/v1/chat/completions"
+PATHS: Final = frozenset({chat.PATH, completions.PATH})
 HEADER_BYTES_MAX: Final = 64 * 1024
 """Request line and headers together; for every path."""
 HEADER_S_MAX: Final = 15
@@ -68,6 +69,7 @@ class ChatCycle:
         self.keep_alive = keep_alive
         self.waiting_for_100_continue = protocol.expect_100_continue
         self.peer = protocol.client[0] if protocol.client else ""
+        self.path = protocol.url.partition(b"?")[0]
         self.headers = dict(protocol.headers)
         self.has_query = b"?" in protocol.url
         self.body = bytearray()
@@ -180,7 +182,7 @@ class ChatCycle:
 
 
 class HotRouteProtocol(HttpToolsProtocol):
-    """Serves PATH itself; `serve` is set on a subclass made by `protocol_for`."""
+    """Serves PATHS itself; `serve` is set on a subclass made by `protocol_for`."""
 
     serve: Serve
     _serving: Any = None
@@ -223,7 +225,7 @@ class HotRouteProtocol(HttpToolsProtocol):
             self._refusal = Refusal(431, "headers_too_large", f"at most {HEADER_BYTES_MAX} bytes")
             raise ValueError("headers are too large")  # the parser stops; send_400_response answers
         path = self.url.partition(b"?")[0]
-        if path != PATH or self.parser.get_method() != b"POST" or self.parser.should_upgrade():
+        if path not in PATHS or self.parser.get_method() != b"POST" or self.parser.should_upgrade():
             super().on_headers_complete()
             return
         version = self.parser.get_http_version()

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions` for the framework: the same service over ASGI, and its place in OpenAPI.
+"""The hot routes for the framework: the same service over ASGI, and its place in the served OpenAPI.
 
 Under `tollway serve` the hot route answers before the framework sees the request; this route serves other
 ASGI servers and tells the served OpenAPI what the hot route takes and gives.
@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from marketplace.gateway.requests import ChatRequest
+from marketplace.gateway.completions import CompletionRequest
+from marketplace.gateway.requests import ChatRequest, InferenceRequest
 from marketplace.gateway.responder import AsgiResponder
 from marketplace.platform.http import RefusalOut
 
@@ -34,7 +35,7 @@ class _Served(Response):
 
 _REFUSAL: Final[dict[str, Any]] = {"model": RefusalOut}
 _ANSWER: Final[dict[str, Any]] = {
-    "description": "OpenAI's chat completion (or, with `stream`, server-sent events of its chunks). `usage` "
+    "description": "OpenAI's completion (or, with `stream`, server-sent events of its chunks). `usage` "
     "also has `cost` (dollars, decimal string), `cost_nano` and `receipt_id`.",
     "content": {
         "application/json": {"schema": {"type": "object"}},
@@ -43,9 +44,9 @@ _ANSWER: Final[dict[str, Any]] = {
 }
 
 
-def _request_schema() -> dict[str, Any]:
+def request_schema(kind: type[InferenceRequest]) -> dict[str, Any]:
     """Give the request's JSON schema with its parts inline, as one OpenAPI object."""
-    (schema,), components = msgspec.json.schema_components([ChatRequest], ref_template="#/$defs/{name}")
+    (schema,), components = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
 
     def inline(node: Any) -> Any:
         if isinstance(node, dict):
@@ -59,15 +60,25 @@ def _request_schema() -> dict[str, Any]:
     return found
 
 
-@router.post(
-    "/v1/chat/completions",
-    tags=["inference"],
-    response_class=Response,
-    responses={200: _ANSWER, **dict.fromkeys((400, 401, 402, 403, 404, 408, 413, 429, 500, 503), _REFUSAL)},
-    openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": _request_schema()}}}
-    },
-)
+def _documented(kind: type[InferenceRequest]) -> dict[str, Any]:
+    """Give what FastAPI is told of a route it does not itself serve."""
+    refused = (400, 401, 402, 403, 404, 408, 413, 429, 500, 503)
+    body = {"required": True, "content": {"application/json": {"schema": request_schema(kind)}}}
+    return {
+        "tags": ["inference"],
+        "response_class": Response,
+        "responses": {200: _ANSWER, **dict.fromkeys(refused, _REFUSAL)},
+        "openapi_extra": {"requestBody": body, "security": [{"key": []}]},
+    }
+
+
+@router.post("/v1/chat/completions", **_documented(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     """Chat with a model; pays per token from the caller's balance."""
+    return _Served(request)
+
+
+@router.post("/v1/completions", **_documented(CompletionRequest))
+async def completions(request: Request) -> Response:
+    """Continue a text, without a chat template; pays per token from the caller's balance."""
     return _Served(request)

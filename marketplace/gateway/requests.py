@@ -1,17 +1,21 @@
-"""Reading a chat request: limits first, then types, then meaning.
+"""Reading a request for inference: limits first, then types, then meaning.
 
-Fields outside `ChatRequest` are dropped; those in it go to the node as they came, except the ones that are
-ours (`model`, `stream`, `provider`, `user`).  The engine's body is built anew, so of a key given twice the
-last one counts, for us and for the engine alike.  Errors name the field, in OpenAI's words.
+Fields outside the request's type are dropped; those in it go to the node as they came, except the ones that
+are ours (`model`, `stream`, `provider`, `user`).  The engine's body is built anew.  A key given twice is
+refused, since two readers may disagree on which counts.  Errors name the field, in OpenAI's words.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from decimal import Decimal
+from functools import cache
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from marketplace.ledger.money import NANO_PER_DOLLAR
+from marketplace.metering.counting import TokenCounter
 from marketplace.platform.http import Refusal
 from node_agent import protocol
 
@@ -25,38 +29,54 @@ STOPS_MAX: Final = 16
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Tokens = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1000)]
-Names = Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(max_length=64)]
+Name = Annotated[str, Meta(max_length=200)]
+Names = Annotated[list[Name], Meta(max_length=64)]
+Price = Annotated[int, Meta(ge=0, le=protocol.PRICE_MAX)]
+Scalar = Annotated[str, Meta(max_length=1000)] | int | float | bool | None
 
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool = False
 
 
-class ProviderPreferences(msgspec.Struct, forbid_unknown_fields=True):
-    """How to choose among operators, per request."""
+class PriceCeiling(msgspec.Struct, forbid_unknown_fields=True):
+    """Dollars per million tokens, as decimal numbers or strings; what is absent has no ceiling."""
 
-    sort: Literal["price", "latency", "load"] | None = None
+    prompt: Decimal | None = None
+    completion: Decimal | None = None
+
+
+class ProviderPreferences(msgspec.Struct, forbid_unknown_fields=True):
+    """How to choose among operators, per request.  Names are operator or node ids."""
+
+    sort: Literal["price", "latency", "throughput", "load"] | None = None
     """What matters most; absent: the marketplace's own score."""
+    operator: Name | None = None
+    """Preferred: chosen whenever it may serve."""
     only: Names | None = None
-    """Operator or node ids, as in the two that follow."""
     ignore: Names | None = None
     order: Names | None = None
-    max_price_in: Annotated[int, Meta(ge=0, le=protocol.PRICE_MAX)] | None = None
+    """Tried in this order, before all others."""
+    max_price: PriceCeiling | None = None
+    max_price_in: Price | None = None
     """Nano-dollars per million tokens."""
-    max_price_out: Annotated[int, Meta(ge=0, le=protocol.PRICE_MAX)] | None = None
+    max_price_out: Price | None = None
     allow_fallbacks: bool = True
+    """False: only `operator` and `order`; where neither is given, one node and no second after a failure."""
 
 
-class ChatRequest(msgspec.Struct, omit_defaults=True):
-    """The request fields we know; the sampling ones are those vLLM takes."""
+class InferenceRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What chats and text completions share; the sampling fields are those vLLM takes."""
+
+    kind: ClassVar[str]
+    prompt_field: ClassVar[str]
 
     model: Annotated[str, Meta(min_length=1, max_length=200)]
-    messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MESSAGES_MAX)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
     n: Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | None = None
     user: str | None = None
     provider: ProviderPreferences | None = None
@@ -69,22 +89,25 @@ class ChatRequest(msgspec.Struct, omit_defaults=True):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=STOPS_MAX)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 31)]], Meta(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
+    include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
     ignore_eos: bool | None = None
+    bad_words: Annotated[list[StopString], Meta(max_length=256)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=4096)] | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     logit_bias: (
         Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None
     ) = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Meta(max_length=20)] | None = None
     response_format: dict[str, Any] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     @property
     def choices(self) -> int:
+        """How many answers are asked for in all."""
         return self.n or 1
 
     @property
@@ -93,8 +116,8 @@ class ChatRequest(msgspec.Struct, omit_defaults=True):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The buyer's own limit per choice, if he gave one (the newer name wins)."""
-        return self.max_completion_tokens or self.max_tokens
+        """The buyer's own limit per choice, if he gave one."""
+        return self.max_tokens
 
     @property
     def stops(self) -> list[str]:
@@ -107,62 +130,167 @@ class ChatRequest(msgspec.Struct, omit_defaults=True):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def prompt_counts(self, counter: TokenCounter) -> list[int]:
+        """Count each prompt's tokens as the engine will; raises PromptRefused."""
+        raise NotImplementedError
+
+    def engine_content(self) -> dict[str, Any]:
+        """Give the engine's fields that are the prompt itself."""
+        raise NotImplementedError
+
+
+class ChatRequest(InferenceRequest, kw_only=True, omit_defaults=True):
+    """OpenAI's chat completion request."""
+
+    kind: ClassVar[str] = "chat"
+    prompt_field: ClassVar[str] = "messages"
+
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MESSAGES_MAX)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
+    chat_template_kwargs: Annotated[dict[Name, Scalar], Meta(max_length=32)] | None = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The buyer's own limit per choice, if he gave one (the newer name wins)."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the request says to the model's template beside messages and tools, as vLLM has it."""
+        found: dict[str, Any] = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            found.setdefault("enable_thinking", self.reasoning_effort != "none")
+            found["reasoning_effort"] = self.reasoning_effort
+        return found
+
+    def prompt_counts(self, counter: TokenCounter) -> list[int]:
+        return [len(counter.prompt_ids(known_messages(self), self.tools, self.template_variables))]
+
+    def engine_content(self) -> dict[str, Any]:
+        return {"messages": known_messages(self)}
+
 
 OURS: Final = frozenset(
-    {"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "user", "provider"}
-)
-ENGINE_FIELDS: Final = tuple(name for name in ChatRequest.__struct_fields__ if name not in OURS)
+    {
+        "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "user", "provider",
+        "echo", "best_of", "suffix",
+    }
+)  # fmt: skip
+TEMPLATE_NAMES: Final = frozenset(
+    {
+        "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
+        "continue_final_message", "truncation", "padding", "max_length", "return_tensors", "return_dict",
+        "tokenizer_kwargs", "return_assistant_tokens_mask", "conversation", "self",
+    }
+)  # fmt: skip
+"""What `chat_template_kwargs` may not set: the engine gives these another meaning."""
 
-_decoder: Final = msgspec.json.Decoder(ChatRequest)
+_chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
+_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encoder: Final = msgspec.json.Encoder()
+Asked = TypeVar("Asked", bound=InferenceRequest)
+Asked_co = TypeVar("Asked_co", bound=InferenceRequest, covariant=True)
 
 
-def _depth(value: object) -> int:
-    """Measure nesting without recursion, stopping as soon as the limit is passed."""
-    deepest, level = 0, [value]
+class Decoder(Protocol[Asked_co]):
+    """msgspec's, for one kind of request."""
+
+    def decode(self, body: bytes, /) -> Asked_co: ...
+
+
+def is_too_deep(values: list[Any]) -> bool:
+    """Measure nesting without recursion, stopping as soon as DEPTH_MAX is passed."""
+    deepest, level = 0, [value for value in values if isinstance(value, dict | list)]
     while level and deepest <= DEPTH_MAX:
         deepest += 1
         inner: list[object] = []
         for item in level:
-            if isinstance(item, dict):
-                inner.extend(item.values())
-            elif isinstance(item, list):
-                inner.extend(item)
+            inner.extend(item.values() if isinstance(item, dict) else item)
         level = [item for item in inner if isinstance(item, dict | list)]
-    return deepest
+    return deepest >= DEPTH_MAX
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    """Read a chat request; raises Refusal 413 or 400."""
+def decode(decoder: Decoder[Asked], body: bytes) -> Asked:
+    """Read a request's types; raises Refusal 413 or 400."""
     if len(body) > BODY_BYTES_MAX:
         raise Refusal(
             413, "body_too_large", f"the body has {len(body)} bytes, at most {BODY_BYTES_MAX} are taken"
         )
     try:
-        request = _decoder.decode(body)
+        request = decoder.decode(body)
+        _refuse_repeated_keys(body)
     except msgspec.ValidationError as e:
         message, _, where = str(e).partition(" - at `$.")
         param = where.rstrip("`") or None
         raise Refusal(400, "invalid_value", f"{param or 'body'}: {message}", param=param) from e
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
         raise Refusal(400, "invalid_json", f"the body is not the JSON we take: {e}") from e
-    if _depth([request.messages, request.tools, request.response_format, request.tool_choice]) > DEPTH_MAX:
+    _check_provider(request.provider)
+    if request.min_tokens is not None and request.min_tokens > (request.wanted_tokens or request.min_tokens):
+        raise invalid("min_tokens", "is above max_tokens")
+    return request
+
+
+def _refuse_repeated_keys(body: bytes) -> None:
+    """Refuse an object that names a key twice (A70): a reader behind us might believe the other one.
+
+    Outside its members' values an object's only quotes are its keys', two each; a key that contains a quote
+    is refused with them.
+    """
+    members = _members.decode(body)
+    inside = sum(bytes(value).count(b'"') for value in members.values())
+    if body.count(b'"') - inside != 2 * len(members):
+        raise Refusal(400, "repeated_key", "a key is given twice, or has a quote in it")
+
+
+def _check_provider(wish: ProviderPreferences | None) -> None:
+    """Turn a ceiling in dollars into nano-dollars, the lower of the two ways to say it."""
+    if wish is None or wish.max_price is None:
+        return
+    for name, field in (("prompt", "max_price_in"), ("completion", "max_price_out")):
+        ceiling: Decimal | None = getattr(wish.max_price, name)
+        if ceiling is None:
+            continue
+        if not ceiling.is_finite() or not 0 <= ceiling <= protocol.PRICE_MAX // NANO_PER_DOLLAR:
+            raise invalid(f"provider.max_price.{name}", "is dollars per million tokens")
+        nano = int(ceiling * NANO_PER_DOLLAR)
+        other: int | None = getattr(wish, field)
+        setattr(wish, field, nano if other is None else min(nano, other))
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Read a chat request; raises Refusal 413 or 400."""
+    request = decode(_chat_decoder, body)
+    if is_too_deep(
+        [
+            request.messages, request.tools, request.response_format, request.structured_outputs,
+            request.tool_choice,
+        ]
+    ):  # fmt: skip
         raise Refusal(400, "too_deep", f"JSON nested deeper than {DEPTH_MAX} levels")
     _check(request)
     return request
 
 
-def _invalid(param: str, message: str) -> Refusal:
+def invalid(param: str, message: str) -> Refusal:
     return Refusal(400, "invalid_value", f"{param}: {message}", param=param)
 
 
 def _check(request: ChatRequest) -> None:
-    if request.min_tokens is not None and request.min_tokens > (request.wanted_tokens or request.min_tokens):
-        raise _invalid("min_tokens", "is above max_tokens")
+    for name in request.chat_template_kwargs or ():
+        if name in TEMPLATE_NAMES or not name.isidentifier():
+            raise invalid(f"chat_template_kwargs.{name[:64]}", "is not for a request to set")
     for at, tool in enumerate(request.tools or ()):
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _invalid(f"tools[{at}].function", "a tool is a function with a name")
+            raise invalid(f"tools[{at}].function", "a tool is a function with a name")
     for at, message in enumerate(request.messages):
         _check_message(message, f"messages[{at}]")
 
@@ -170,21 +298,21 @@ def _check(request: ChatRequest) -> None:
 def _check_message(message: dict[str, Any], where: str) -> None:
     for name, kind in (("name", str), ("tool_call_id", str), ("reasoning", str), ("reasoning_content", str)):
         if not isinstance(message.get(name), kind | None):
-            raise _invalid(f"{where}.{name}", "is text")
+            raise invalid(f"{where}.{name}", "is text")
     if not isinstance(message.get("role"), str):
-        raise _invalid(f"{where}.role", "each message needs a role")
+        raise invalid(f"{where}.role", "each message needs a role")
     content = message.get("content")
     if not isinstance(content, str | list | None):
-        raise _invalid(f"{where}.content", "content is text, a list of parts or null")
+        raise invalid(f"{where}.content", "content is text, a list of parts or null")
     if isinstance(content, list):
         _check_parts(content, f"{where}.content")
     calls = message.get("tool_calls")
     if not isinstance(calls, list | None):
-        raise _invalid(f"{where}.tool_calls", "is a list")
+        raise invalid(f"{where}.tool_calls", "is a list")
     for call in calls or ():
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _invalid(f"{where}.tool_calls", "a tool call has a function with a name")
+            raise invalid(f"{where}.tool_calls", "a tool call has a function with a name")
 
 
 def _check_parts(parts: list[Any], where: str) -> None:
@@ -211,15 +339,19 @@ def _known(message: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def engine_body(request: ChatRequest, *, max_tokens: int, cache_salt: str) -> bytes:
+@cache
+def _engine_fields(kind: type[InferenceRequest]) -> tuple[str, ...]:
+    return tuple(name for name in kind.__struct_fields__ if name not in OURS | {kind.prompt_field})
+
+
+def engine_body(request: InferenceRequest, *, max_tokens: int, cache_salt: str) -> bytes:
     """Build the engine's JSON anew, from known fields only; Refusal 413 if it is more than a node takes.
 
     `cache_salt` keeps one buyer's cached prefixes out of another's reach (A74).
     """
-    body: dict[str, Any] = {
-        name: value for name in ENGINE_FIELDS if (value := getattr(request, name)) is not None
-    }
-    body["messages"] = known_messages(request)
+    names = _engine_fields(type(request))
+    body: dict[str, Any] = {name: value for name in names if (value := getattr(request, name)) is not None}
+    body |= request.engine_content()
     body["max_tokens"] = max_tokens
     body["cache_salt"] = cache_salt
     encoded = _encoder.encode(body)

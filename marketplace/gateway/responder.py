@@ -41,6 +41,8 @@ def body_too_slow() -> Refusal:
 class Responder(Protocol):
     """One request's way back to its buyer."""
 
+    path: bytes
+    """What was asked, without its query string."""
     peer: str
     """Address of the other end of the socket."""
     has_query: bool
@@ -90,6 +92,7 @@ class AsgiResponder:
     """
 
     def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        self.path = scope["path"].encode()
         self.peer = (scope.get("client") or ("", 0))[0]
         self.headers: Mapping[bytes, bytes] = dict(scope["headers"])
         self.has_query = bool(scope.get("query_string"))

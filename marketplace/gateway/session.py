@@ -1,4 +1,4 @@
-"""One chat request's facts, filled in as it is served."""
+"""One request's facts, filled in as it is served."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from marketplace.gateway.answer import Answer
-from marketplace.gateway.requests import ChatRequest
+from marketplace.gateway.requests import InferenceRequest
 from marketplace.ledger.lease_book import Hold
 from marketplace.metering.counting import TokenCounter
 from marketplace.platform.limits import Taken
@@ -26,9 +26,14 @@ class Session:
     buyer: int = 0
     """Ledger account; 0 until the key is known."""
     model: str = ""
-    request: ChatRequest | None = None
+    request: InferenceRequest | None = None
+    request_sha256: bytes = bytes(32)
+    """Of the body as the buyer sent it."""
     counter: TokenCounter | None = None
     prompt_tokens: int = 0
+    """Over all prompts, as billed."""
+    prompt_longest: int = 0
+    """The longest prompt, which has to fit the context."""
     max_tokens: int = 0
     """Per choice, as the node is told."""
     clamped_from: int | None = None

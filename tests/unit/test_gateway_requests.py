@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marketplace.gateway.openapi import _request_schema
+from marketplace.gateway.openapi import request_schema
 from marketplace.gateway.requests import BODY_BYTES_MAX, ChatRequest, engine_body, parse_chat
 from marketplace.platform.http import Refusal
 
@@ -124,7 +124,7 @@ def test_any_json_is_taken_or_refused(value: Any) -> None:
 
 
 def test_the_schema_says_what_is_taken() -> None:
-    schema = _request_schema()
+    schema = request_schema(ChatRequest)
     count = {"type": "integer", "minimum": 1, "maximum": 16}
     assert set(schema["required"]) == {"model", "messages"}
     assert set(schema["properties"]) == set(ChatRequest.__struct_fields__)
