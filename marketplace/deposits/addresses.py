@@ -149,11 +149,32 @@ async def create_intent(
             created_at=now,
         )
     )
+    return Intent(reference, _pay_url(chains, reference, amount), amount, expires_at)
+
+
+async def intent_url(
+    conn: AsyncConnection, chains: ChainsConfig, person_id: UUID, reference: str, *, now: datetime
+) -> str | None:
+    """Give the link of one of the person's open intents; None if there is none."""
+    row = (
+        await conn.execute(
+            select(deposit_intents.c.amount_micro).where(
+                deposit_intents.c.reference == reference,
+                deposit_intents.c.person_id == person_id,
+                deposit_intents.c.expires_at > now,
+            )
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    return _pay_url(chains, reference, None if row.amount_micro is None else Micro(row.amount_micro))
+
+
+def _pay_url(chains: ChainsConfig, reference: str, amount: Micro | None) -> str:
     solana = chains.solana
-    url = solana_pay_url(
+    return solana_pay_url(
         solana.multisig, reference=reference, label=PAY_LABEL, amount=amount, mint=solana.usdc_mint
     )
-    return Intent(reference, url, amount, expires_at)
 
 
 async def retire_address(conn: AsyncConnection, person_id: UUID, family: Family, *, now: datetime) -> bool:

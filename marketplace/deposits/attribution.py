@@ -6,6 +6,7 @@
     escrow ◀── anybody else                         unattributed
     deposit address in use                          its owner's deposit
     retired or not yet given to anybody             unattributed
+    owner's account frozen                          his, but held: a person decides
 
 The sender never decides whose deposit it is, a memo even less.
 
@@ -45,6 +46,8 @@ class Directory:
     """Person by reference."""
     screened: frozenset[str] = frozenset()
     """Senders whose money a person looks at first."""
+    frozen: frozenset[UUID] = frozenset()
+    """Owners whose accounts are frozen: what is theirs is recorded as theirs and credited to nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class ToPerson:
     intent: str | None
     is_direct: bool
     """Straight into the escrow, rather than on a deposit address."""
+    is_held: bool = False
+    """His account is frozen: nothing is credited or lent until a person decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,7 @@ def attribute(transfer: TransferSeen, directory: Directory) -> Attribution:
         return Unattributed("unassigned_address", is_direct=False)
     if owner.is_retired:
         return Unattributed("retired_address", is_direct=False)
-    return ToPerson(owner.person_id, None, is_direct=False)
+    return ToPerson(owner.person_id, None, is_direct=False, is_held=owner.person_id in directory.frozen)
 
 
 def _into_escrow(transfer: TransferSeen, directory: Directory) -> Attribution:
@@ -94,7 +99,8 @@ def _into_escrow(transfer: TransferSeen, directory: Directory) -> Attribution:
     known = sorted(reference for reference in transfer.references if reference in directory.intents)
     people = {directory.intents[reference] for reference in known}
     if len(people) == 1:
-        return ToPerson(people.pop(), known[0], is_direct=True)
+        person = people.pop()
+        return ToPerson(person, known[0], is_direct=True, is_held=person in directory.frozen)
     return Unattributed("two_references" if people else "no_reference", is_direct=True)
 
 

@@ -7,6 +7,7 @@ transaction that moves the cursor past it: at every commit the books equal the c
     for somebody, still below         deposit_unattributed             unswept or escrow → unattributed
       … and once the sum reaches it   attribution                      unattributed → buyer
     for nobody                        deposit_unattributed + case      unswept or escrow → unattributed
+    for a frozen account              deposit_unattributed + case      unswept or escrow → unattributed
     sweep                             sweep                            escrow ← unswept
     left an account, not for escrow   correction + case                loss ← unswept
     minted to us                      as any deposit, + case
@@ -50,9 +51,12 @@ from marketplace.ledger.accounts import ensure_account
 from marketplace.ledger.money import from_micro
 from marketplace.ledger.posting import lock_balances, post_transfer
 from marketplace.ledger.templates import Transfer
+from marketplace.notices.outbox import enqueue
 from marketplace.platform.ids import uuid7
 
 DETAIL_CHARACTERS_MAX: Final = 1000
+TOLD_TRANSACTIONS_MAX: Final = 50
+"""Named in one notice; its amount is of all."""
 MINTER: Final = "0x" + "0" * 40
 """The sender of newly made USDC on EVM."""
 _log: Final = structlog.get_logger("marketplace.deposits")
@@ -107,7 +111,8 @@ async def record_seen(
         after = advance(known.get(transfer.key), Appeared(transfer.block_hash, transfer.amount))
         if after != known.get(transfer.key):
             await _write(conn, transfer, found, after.status, now)
-            if transfer.amount.n >= rules.deposit_micro_min:  # a smaller one may wait for long
+            # A smaller one may wait for long.
+            if transfer.amount.n >= rules.deposit_micro_min and not found.is_held:
                 worth.append((transfer, found.person_id))
     if rules.early is not None:
         await post_entries(conn, await lend(conn, rules.early, worth, now))
@@ -173,6 +178,7 @@ async def book_final(
         conn, rules.chain, {credit.key for credit in credited}, is_called_in=False, now=now
     )
     await post_entries(conn, [*entries, *credit_entries, *(entry for _, entry in repaid)])
+    await tell_credited(conn, credited, now)
     set_aside = {arrival.transfer.key for arrival in arrivals} - {credit.key for credit in credited}
     await _call_in(conn, rules.chain, set_aside, now)
     return credited
@@ -287,6 +293,7 @@ async def _write(
         "status": status.value,
         "final_at": now if is_final else None,
         "transfer_ref": ledger_key(transfer) if is_final else None,
+        "is_held": is_final and person is not None and person.is_held,
     }
     statement = postgresql.insert(deposits).values(
         id=uuid7(),
@@ -304,6 +311,8 @@ async def _write(
     detail = f"{transfer.amount} USDC from {transfer.sender} to {transfer.to} in {transfer.tx}"
     if isinstance(found, Unattributed):
         await open_case(conn, transfer.chain, kind=found.reason, key=transfer.key, detail=detail, now=now)
+    elif is_final and found.is_held:
+        await open_case(conn, transfer.chain, kind="frozen_account", key=transfer.key, detail=detail, now=now)
     if is_final and transfer.sender == MINTER:
         await open_case(conn, transfer.chain, kind="minted", key=transfer.key, detail=detail, now=now)
 
@@ -403,9 +412,9 @@ async def _credit(
     credited: list[Credit] = []
     for arrival in arrivals:
         match arrival.attribution:
-            case ToPerson(person_id):
+            case ToPerson(person_id, is_held=False):
                 groups[arrival.transfer.to, person_id].append(arrival)
-            case Unattributed():
+            case _:
                 entries.append(_set_aside(arrival))
     for (address, person_id), new in groups.items():
         arrived = {arrival.transfer.key: arrival for arrival in new}
@@ -454,6 +463,7 @@ async def _waiting(
             deposits.c.person_id == person_id,
             deposits.c.status == Deposit.FINAL.value,
             deposits.c.credited_at.is_(None),
+            ~deposits.c.is_held,
             deposits.c.key.not_in(without),
         )
         .order_by(deposits.c.height, deposits.c.id)
@@ -480,6 +490,28 @@ def _give(chain: Chain, person_id: UUID, key: str, amount_micro: int, arrival: _
         build = templates.deposit_direct if arrival.attribution.is_direct else templates.deposit
     amount, ref = from_micro(amount_micro), f"{chain.value}:{key}"
     return build(chain=chain.value, person=str(person_id), amount=amount, ref=ref)
+
+
+async def tell_credited(conn: AsyncConnection, credited: Sequence[Credit], now: datetime) -> None:
+    """Leave each person one notice of what was credited to him, in the same transaction."""
+    by_person: dict[tuple[UUID, Chain], list[Credit]] = defaultdict(list)
+    for credit in credited:
+        by_person[credit.person_id, credit.chain].append(credit)
+    for (person_id, chain), of_person in by_person.items():
+        amount = Micro(sum(credit.amount.n for credit in of_person))
+        payload = {
+            "chain": chain.value,
+            "amount": str(amount),
+            "amount_micro": amount.n,
+            "count": len(of_person),
+            "transactions": sorted({transaction_of(c.key) for c in of_person[:TOLD_TRANSACTIONS_MAX]}),
+        }
+        await enqueue(conn, "deposit_credited", person_id, payload, now=now)
+
+
+def transaction_of(key: str) -> str:
+    """The transaction hash or signature that a movement's key begins with."""
+    return key.partition(":")[0]
 
 
 async def post_entries(conn: AsyncConnection, entries: Sequence[Transfer]) -> None:

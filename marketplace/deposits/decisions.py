@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import Row, and_, delete, insert, select, text, update
@@ -17,11 +17,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.networks import Chain
 from chain.units import Micro
-from marketplace.deposits.booking import post_entries
+from marketplace.deposits.booking import Credit, post_entries, tell_credited
 from marketplace.deposits.errors import NoDecision
 from marketplace.deposits.tables import deposit_decisions, deposits, screened_senders, support_cases
 from marketplace.ledger import templates
 from marketplace.ledger.money import from_micro
+
+_IS_FROZEN: Final = text("SELECT frozen_at IS NOT NULL FROM people WHERE id = :id")
 
 
 async def attribute_deposit(
@@ -34,7 +36,11 @@ async def attribute_deposit(
     reason: str,
     now: datetime,
 ) -> Micro:
-    """Give a final deposit that waits to a person; gives the amount.  NoDecision if it does not wait."""
+    """Give a final deposit that waits to a person; gives the amount.
+
+    NoDecision if it does not wait, or the person's account is frozen: whoever releases what was held for
+    that says so first, by unfreezing it.
+    """
     row = (
         await conn.execute(
             select(deposits).where(deposits.c.chain == chain.value, deposits.c.key == key).with_for_update()
@@ -42,8 +48,11 @@ async def attribute_deposit(
     ).one_or_none()
     if row is None or row.status != "final" or row.credited_at is not None:
         raise NoDecision(f"{chain.value} {key}: no final deposit waits under this key")
-    if not await conn.scalar(text("SELECT EXISTS (SELECT FROM people WHERE id = :id)"), {"id": person_id}):
+    is_frozen = await conn.scalar(_IS_FROZEN, {"id": person_id})
+    if is_frozen is None:
         raise NoDecision(f"there is no person {person_id}")
+    if is_frozen:
+        raise NoDecision(f"the account of {person_id} is frozen: unfreeze it first")
     await _journal(conn, chain, key, "attribute", person_id, actor, reason, now)
     await conn.execute(
         update(deposits).where(deposits.c.id == row.id).values(person_id=person_id, credited_at=now)
@@ -55,7 +64,9 @@ async def attribute_deposit(
         ref=f"{chain.value}:{key}",
     )
     await post_entries(conn, [entry])
-    return Micro(row.amount_micro)
+    amount = Micro(row.amount_micro)
+    await tell_credited(conn, [Credit(person_id, chain, key, amount)], now)
+    return amount
 
 
 async def leave_deposit(

@@ -9,11 +9,12 @@ address it knows.  New rows are found by `seq`, which grows in commit order beca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Final, Literal
+from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.networks import Chain
@@ -26,6 +27,7 @@ Family = Literal["evm", "solana"]
 REFERENCE_GRACE: Final = timedelta(days=7)
 """How long after its expiry a payment with an intent's reference still finds its owner by itself."""
 DIRECTORY_LOCK: Final = 0x746F6C6C_64697265  # "tolldire"
+_FROZEN: Final = text("SELECT id FROM people WHERE frozen_at IS NOT NULL AND id = ANY (:people)")
 
 
 def family_of(chain: Chain) -> Family:
@@ -112,22 +114,16 @@ async def look_up(
     family = family_of(chain)
     owners = await _owners(conn, family, reached)
     screened = await _screened(conn, {transfer.sender for transfer in transfers})
+    intents: dict[str, UUID] = {}
+    ours: frozenset[str] = frozenset()
     if family == "solana":
         owners |= {account: owners.get(account, owner) for account, owner in await _pool(conn, reached)}
         owners |= await _wallets(conn, reached)
-        intents = await conn.execute(
-            select(deposit_intents.c.reference, deposit_intents.c.person_id).where(
-                deposit_intents.c.reference.in_(references)
-            )
-        )
-        return Directory(
-            escrow,
-            owners,
-            frozenset(),
-            {row.reference: row.person_id for row in intents},
-            screened,
-        )
-    return Directory(escrow, owners, frozenset(await _owners(conn, family, senders)), {}, screened)
+        intents = await _intents(conn, references)
+    else:
+        ours = frozenset(await _owners(conn, family, senders))
+    frozen = await _frozen(conn, {*(o.person_id for o in owners.values() if o.person_id), *intents.values()})
+    return Directory(escrow, owners, ours, intents, screened, frozen)
 
 
 async def _owners(conn: AsyncConnection, family: Family, watched: Iterable[str]) -> dict[str, Owner]:
@@ -158,3 +154,17 @@ async def _wallets(conn: AsyncConnection, owners: Iterable[str]) -> dict[str, Ow
 async def _screened(conn: AsyncConnection, senders: Iterable[str]) -> frozenset[str]:
     statement = select(screened_senders.c.address).where(screened_senders.c.address.in_(set(senders)))
     return frozenset(await conn.scalars(statement))
+
+
+async def _intents(conn: AsyncConnection, references: Iterable[str]) -> dict[str, UUID]:
+    statement = select(deposit_intents.c.reference, deposit_intents.c.person_id).where(
+        deposit_intents.c.reference.in_(set(references))
+    )
+    return {row.reference: row.person_id for row in await conn.execute(statement)}
+
+
+async def _frozen(conn: AsyncConnection, people: Collection[UUID]) -> frozenset[UUID]:
+    """Those of `people` whose accounts are frozen now."""
+    if not people:
+        return frozenset()
+    return frozenset(await conn.scalars(_FROZEN, {"people": list(people)}))

@@ -89,6 +89,10 @@ def _deposit(row: Row[Any], cursor: Row[Any], minimum: int) -> Said:
         return Said(row.key, "credited", f"{amount}: to {row.person_id} at {row.credited_at.isoformat()}")
     if row.person_id is None:
         return Said(row.key, "unattributed", f"{amount}: for nobody we know; a person decides")
+    if row.is_held:
+        return Said(
+            row.key, "held", f"{amount}: became final while {row.person_id} was frozen; a person decides"
+        )
     return Said(
         row.key,
         "waiting",

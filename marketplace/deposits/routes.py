@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Query
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Path, Query
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from chain.networks import EVM_NETWORKS, SOLANA, Chain, EvmNetwork
 from chain.units import MICRO_MAX, Micro, parse_usdc
-from marketplace.deposits.addresses import create_intent, evm_address, shared_forwarders, solana_address
+from marketplace.deposits.addresses import (
+    create_intent,
+    evm_address,
+    intent_url,
+    shared_forwarders,
+    solana_address,
+)
 from marketplace.deposits.decisions import attribute_deposit, leave_deposit, open_cases
 from marketplace.deposits.errors import NoDecision, TooManyIntents
+from marketplace.deposits.qr import qr_svg
 from marketplace.deposits.tables import chain_cursors, deposits
 from marketplace.ledger.money import NANO_PER_MICRO
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
-from marketplace.platform.http import AccountIdentity, AdminIdentity, Refusal, ServicesDep
+from marketplace.platform.http import (
+    AccountIdentity,
+    AdminIdentity,
+    Refusal,
+    RefusalOut,
+    Services,
+    ServicesDep,
+)
 
 PAGE_MAX: Final = 200
 STREAMED: Final = 20
@@ -34,22 +48,9 @@ STREAM_BEAT_S: Final = 15.0
 STREAM_S_MAX: Final = 600.0
 _open_streams: Final = [0]
 
+Reference = Annotated[str, Path(pattern=r"^[1-9A-HJ-NP-Za-km-z]{32,44}$", description="base58")]
+
 router: Final = APIRouter(prefix="/api", tags=["deposits"])
-
-
-class ErrorDetail(BaseModel):
-    """Why a request was declined."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Every refusal's body."""
-
-    error: ErrorDetail
 
 
 class DepositAddress(BaseModel):
@@ -62,6 +63,7 @@ class DepositAddress(BaseModel):
     minimum_micro: int
     expected_finality_s: int = Field(description="how long a deposit usually takes to become final")
     link: str | None = Field(description="for a wallet: EIP-681 (EVM) or Solana Pay; null with the address")
+    qr: str | None = Field(description="path of the link's QR code (SVG); with ?of=address, of the address")
 
 
 class DepositAddresses(BaseModel):
@@ -89,6 +91,7 @@ class DepositIntent(BaseModel):
     url: str = Field(description="solana: URL of the Solana Pay transfer request")
     amount_micro: int | None
     expires_at: datetime
+    qr: str = Field(description="path of the link's QR code (SVG)")
 
 
 class DepositItem(BaseModel):
@@ -102,6 +105,8 @@ class DepositItem(BaseModel):
     status: Literal["seen", "final", "orphaned"]
     confirmations: int = Field(description="blocks from the deposit's to the chain's newest, both included")
     is_credited: bool = Field(description="false on a final deposit: it waits for the minimum to be reached")
+    is_held: bool = Field(description="became final while the account was frozen: a person decides")
+    expected_final_at: datetime | None = Field(description="about when it should be final; null once it is")
     credited_nano: int = Field(description="nano-dollars added to the balance; 0 until credited")
     seen_at: datetime
     final_at: datetime | None
@@ -116,23 +121,47 @@ class Deposits(BaseModel):
 
 
 _ERRORS: Final[dict[int | str, dict[str, object]]] = {
-    400: {"model": ErrorBody},
-    401: {"model": ErrorBody},
-    403: {"model": ErrorBody},
-    429: {"model": ErrorBody},
+    400: {"model": RefusalOut},
+    401: {"model": RefusalOut},
+    403: {"model": RefusalOut},
+    429: {"model": RefusalOut},
+}
+
+_SVG: Final[dict[int | str, dict[str, object]]] = {
+    200: {"content": {"image/svg+xml": {}}},
+    404: {"model": RefusalOut},
 }
 
 
 @router.get("/deposit-addresses", responses=_ERRORS)
 async def deposit_addresses(identity: AccountIdentity, services: ServicesDep) -> DepositAddresses:
     """Give the caller's own address on each chain, making it on first request."""
+    return DepositAddresses(data=await _addresses(services, identity.person_id))
+
+
+@router.get("/deposit-addresses/{chain}/qr.svg", responses=_ERRORS | _SVG, response_class=Response)
+async def deposit_address_qr(
+    chain: Chain, identity: AccountIdentity, services: ServicesDep, of: Literal["link", "address"] = "link"
+) -> Response:
+    """Draw the QR code of the caller's own payment link, or bare address, on one chain."""
+    (entry,) = [e for e in await _addresses(services, identity.person_id) if e.chain is chain]
+    shown = entry.link if of == "link" else entry.address
+    if shown is None:
+        raise Refusal(404, "no_address_yet", "a Solana address is being made: ask again", retry_after_s=5)
+    return await _drawn(shown)
+
+
+async def _drawn(text: str) -> Response:
+    svg = await asyncio.to_thread(qr_svg, text)
+    return Response(svg, media_type="image/svg+xml", headers={"Cache-Control": "private, max-age=300"})
+
+
+async def _addresses(services: Services, person_id: UUID) -> list[DepositAddress]:
     settings, now = services.settings, services.clock.now()
     secret = settings.secret.get_secret_value().encode()
     async with transaction(services.engine) as conn:
-        evm = await evm_address(
-            conn, shared_forwarders(services.chains), identity.person_id, secret=secret, now=now
-        )
-        solana = await solana_address(conn, identity.person_id, now=now)
+        evm = await evm_address(conn, shared_forwarders(services.chains), person_id, secret=secret, now=now)
+        solana = await solana_address(conn, person_id, now=now)
     minimum = Micro(settings.deposit_micro_min)
 
     def entry(
@@ -146,6 +175,7 @@ async def deposit_addresses(identity: AccountIdentity, services: ServicesDep) ->
             minimum_micro=minimum.n,
             expected_finality_s=finality_s,
             link=link,
+            qr=f"/api/deposit-addresses/{chain}/qr.svg" if link else None,
         )
 
     entries = [
@@ -153,7 +183,7 @@ async def deposit_addresses(identity: AccountIdentity, services: ServicesDep) ->
     ]
     pay = f"solana:{solana}?spl-token={SOLANA.usdc_mint}" if solana else None
     entries.append(entry(Chain.SOLANA, solana, SOLANA.usdc_mint, SOLANA.expected_finality_s, pay))
-    return DepositAddresses(data=entries)
+    return entries
 
 
 @router.post("/deposit-intents", status_code=201, responses=_ERRORS)
@@ -175,7 +205,20 @@ async def new_deposit_intent(
         url=made.url,
         amount_micro=amount.n if amount else None,
         expires_at=made.expires_at,
+        qr=f"/api/deposit-intents/{made.reference}/qr.svg",
     )
+
+
+@router.get("/deposit-intents/{reference}/qr.svg", responses=_ERRORS | _SVG, response_class=Response)
+async def deposit_intent_qr(
+    reference: Reference, identity: AccountIdentity, services: ServicesDep
+) -> Response:
+    """Draw the QR code of a payment link of the caller's own."""
+    async with transaction(services.engine) as conn:
+        url = await intent_url(conn, services.chains, identity.person_id, reference, now=services.clock.now())
+    if url is None:
+        raise Refusal(404, "no_such_intent", "no open payment link of yours has this reference")
+    return await _drawn(url)
 
 
 @router.get("/deposits", responses=_ERRORS)
@@ -203,7 +246,7 @@ async def list_deposits(
 
 @router.get(
     "/deposits/stream",
-    responses=_ERRORS | {200: {"content": {"text/event-stream": {}}}, 503: {"model": ErrorBody}},
+    responses=_ERRORS | {200: {"content": {"text/event-stream": {}}}, 503: {"model": RefusalOut}},
     response_class=StreamingResponse,
 )
 async def stream_deposits(identity: AccountIdentity, services: ServicesDep) -> StreamingResponse:
@@ -265,6 +308,8 @@ def _items(rows: Sequence[Row[Any]], heads: dict[str, int]) -> list[DepositItem]
             status=row.status,
             confirmations=_confirmations(row.status, row.height, heads.get(row.chain, row.height)),
             is_credited=row.credited_at is not None,
+            is_held=row.is_held,
+            expected_final_at=_expected_final_at(row),
             credited_nano=row.amount_micro * NANO_PER_MICRO if row.credited_at is not None else 0,
             seen_at=row.seen_at,
             final_at=row.final_at,
@@ -272,6 +317,17 @@ def _items(rows: Sequence[Row[Any]], heads: dict[str, int]) -> list[DepositItem]
         )
         for row in rows
     ]
+
+
+def _expected_final_at(row: Row[Any]) -> datetime | None:
+    if row.status != "seen":
+        return None
+    expected: datetime = row.seen_at + timedelta(seconds=_finality_s(Chain(row.chain)))
+    return expected
+
+
+def _finality_s(chain: Chain) -> int:
+    return EVM_NETWORKS[chain].expected_finality_s if chain.is_evm else SOLANA.expected_finality_s
 
 
 def _confirmations(status: str, height: int, head: int) -> int:
@@ -345,7 +401,7 @@ async def list_cases(identity: AdminIdentity, services: ServicesDep) -> SupportC
     )
 
 
-@router.post("/admin/deposit-decisions", status_code=204, responses=_ERRORS | {409: {"model": ErrorBody}})
+@router.post("/admin/deposit-decisions", status_code=204, responses=_ERRORS | {409: {"model": RefusalOut}})
 async def decide(body: Decision, identity: AdminIdentity, services: ServicesDep) -> None:
     """Give a deposit to a person, or leave it; a fact with actor and reason."""
     actor, now = str(identity.person_id), services.clock.now()

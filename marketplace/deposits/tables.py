@@ -79,6 +79,7 @@ deposits: Final = Table(
     Column("final_at", DateTime(timezone=True)),
     Column("credited_at", DateTime(timezone=True)),
     Column("transfer_ref", Text),
+    Column("is_held", Boolean, nullable=False),
 )
 
 sweeps: Final = Table(

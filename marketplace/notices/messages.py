@@ -27,11 +27,6 @@ _TEXTS: Final[Mapping[str, Message]] = {
         "Your deposit of {amount} USDC is on your balance",
         "{amount} USDC on {chain} became final and is on your balance.\nTransactions: {transactions}",
     ),
-    "deposit_held": Message(
-        "Your deposit of {amount} USDC waits for a decision",
-        "{amount} USDC on {chain} became final while your account is frozen.\n"
-        "It is on record and will be credited when a person has released it.\nTransactions: {transactions}",
-    ),
     "payout_address_added": Message("A payout address was added to your account", "{message}"),
     "payout_address_retired": Message("A payout address was removed from your account", "{message}"),
     "webhook_test": Message("A test of your webhook", "You asked for a test."),

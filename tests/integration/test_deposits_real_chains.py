@@ -31,6 +31,7 @@ from chain.solana.rpc import SolanaRpc
 from chain.units import Micro
 from marketplace.deposits import service
 from marketplace.deposits.pool import pool_keeper
+from marketplace.deposits.qr import qr_svg
 from marketplace.deposits.routes import router
 from marketplace.deposits.sweeper import EvmSweeper, evm_sweeper
 from marketplace.deposits.tables import deposits, sweeps
@@ -229,6 +230,16 @@ async def town(evm_nodes: dict[Chain, EvmNode], engine: AsyncEngine, tmp_path: P
         yield Town(engine, chains, evm, solana, api, person)
 
 
+async def codes_are_of_links_and_addresses(town: Town) -> None:
+    for entry in (await town.api.get("/api/deposit-addresses")).json()["data"]:
+        assert entry["expected_finality_s"] > 0
+        drawn = await town.api.get(entry["qr"])
+        assert drawn.headers["content-type"] == "image/svg+xml"
+        assert drawn.content == qr_svg(entry["link"])
+        assert (await town.api.get(entry["qr"], params={"of": "address"})).content == qr_svg(entry["address"])
+        assert entry["address"] in entry["link"]
+
+
 async def test_from_wallet_to_balance_to_escrow_on_three_chains(town: Town) -> None:
     everywhere = tuple(Chain)
     keeper = pool_keeper(
@@ -241,6 +252,7 @@ async def test_from_wallet_to_balance_to_escrow_on_three_chains(town: Town) -> N
         at = await town.addresses()
         assert at == await town.addresses()
         assert at["ethereum"] == at["base"]
+        await codes_are_of_links_and_addresses(town)
 
         # EVM: 7 on Ethereum; 2 and 4 on Base, where the first waits for the second.
         await town.pay(Chain.ETHEREUM, at["ethereum"], 7_000_000)
@@ -252,6 +264,8 @@ async def test_from_wallet_to_balance_to_escrow_on_three_chains(town: Town) -> N
         await fund(town.solana, wallet.address, usdc=Micro(100_000_000), lamports=10**9)
         await wallet.pay(at["solana"], Micro(11_000_000))
         link = (await town.api.post("/api/deposit-intents", json={"amount": "13.5"})).json()
+        drawn = await town.api.get(link["qr"])
+        assert drawn.content == qr_svg(link["url"])
         await wallet.pay_link(link["url"])
         await town.until(town.has_credit(7_000_000 + 6_000_000 + 11_000_000 + 13_500_000))
         assert await town.status(waiting) == "final"
@@ -337,6 +351,8 @@ async def test_bad_intents_are_refused_in_openai_shape(town: Town) -> None:
         assert answer.json()["error"]["type"] == "invalid_request_error"
     for _ in range(20):
         assert (await town.api.post("/api/deposit-intents", json={})).status_code == 201
+    assert (await town.api.get(f"/api/deposit-intents/{'1' * 32}/qr.svg")).status_code == 404
+    assert (await town.api.get("/api/deposit-intents/%00/qr.svg")).status_code == 400
     refused = await town.api.post("/api/deposit-intents", json={})
     assert refused.status_code == 429
     assert refused.headers["Retry-After"]
