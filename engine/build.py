@@ -163,8 +163,10 @@ class Build:
         unfinished.replace(target)
         self.stamp(f"model-{name}", digest, time.monotonic() - began)
 
-    def everything(self) -> None:
+    def everything(self, *, with_models: bool) -> None:
         self.environment()
+        if not with_models:
+            return
         self.model("tiny", HERE / "tiny_model.py", "building the tiny random model")
         self.model("SmolLM2-135M-Instruct", HERE / "gguf_to_hf.py", "converting SmolLM2-135M-Instruct")
 
@@ -225,13 +227,13 @@ def _only_one(root: Path) -> Iterator[None]:
         yield
 
 
-def build(root: Path) -> None:
+def build(root: Path, *, with_models: bool = True) -> None:
     """Make everything that is missing in `root`; raises `BuildError`."""
     _check_machine()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _only_one(root):
-            Build(root).everything()
+            Build(root).everything(with_models=with_models)
     except OSError as error:
         raise BuildError(f"Cannot write to {root}: {error.strerror or error}.") from error
 
@@ -252,9 +254,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build vLLM for CPU and two small models.")
     default = os.environ.get("TOLLWAY_ENGINE_DIR") or HERE.parent / ".engine"
     parser.add_argument("--dir", type=Path, default=Path(default), help="where to build (default: .engine)")
-    root: Path = parser.parse_args().dir.resolve()
+    parser.add_argument("--without-models", action="store_true", help="for operators who have their own")
+    arguments = parser.parse_args()
+    root: Path = arguments.dir.resolve()
     began = time.monotonic()
-    code = _guarded(lambda: build(root))
+    code = _guarded(lambda: build(root, with_models=not arguments.without_models))
     if code == 0:
         print(f"  engine ready in {root} ({time.monotonic() - began:.1f} s)")
     return code

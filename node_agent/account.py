@@ -129,6 +129,62 @@ class PublicChain(msgspec.Struct, frozen=True):
     chain_id: int | None = None
 
 
+class Loss(msgspec.Struct, frozen=True):
+    """Why requests went to others; `message` is a sentence."""
+
+    reason: str
+    requests: int
+    share_permille: int
+    message: str
+
+
+class ModelReport(msgspec.Struct, frozen=True):
+    model: str
+    considered: int
+    chosen: int
+    share_permille: int
+    lost: list[Loss]
+
+
+class NodeReport(msgspec.Struct, frozen=True):
+    node_id: str
+    name: str
+    models: list[ModelReport]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """How often each node was asked, out of a sample of the gateways' decisions."""
+
+    hours: int
+    nodes: list[NodeReport]
+
+
+class StandingFinding(msgspec.Struct, frozen=True):
+    kind: str
+    severity: str
+    message: str
+    node_id: str = ""
+    model: str = ""
+
+
+class Dispute(msgspec.Struct, frozen=True):
+    id: str
+    state: str
+    at: str
+    text: str
+    answer: str | None = None
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """`standing`: good, warned or held; held earnings wait for a person's decision."""
+
+    standing: str
+    reason: str
+    findings: list[StandingFinding]
+    since: str | None = None
+    dispute: Dispute | None = None
+
+
 class _Addresses(msgspec.Struct, frozen=True):
     data: list[PayoutAddress]
 
@@ -203,6 +259,15 @@ class Account:
 
     async def statement(self, *, limit: int = PAGE_MAX) -> Statement:
         return await self._ask("GET", f"/api/earnings/statement?limit={limit:d}", Statement)
+
+    async def report(self, *, hours: int = 24) -> Report:
+        return await self._ask("GET", f"/api/operator/report?hours={hours:d}", Report)
+
+    async def standing(self) -> Standing:
+        return await self._ask("GET", "/api/operator/standing", Standing)
+
+    async def dispute(self, text: str) -> Dispute:
+        return await self._ask("POST", "/api/operator/standing/dispute", Dispute, {"text": text})
 
     async def addresses(self) -> list[PayoutAddress]:
         return (await self._ask("GET", "/api/payout-addresses", _Addresses)).data

@@ -37,7 +37,7 @@ ApiKeyOption = Annotated[bool, typer.Option("--forget", help="Delete the stored 
 
 def add_to(app: typer.Typer) -> None:
     """Put these commands into `app`."""
-    for command in (login, earnings, withdraw):
+    for command in (login, earnings, withdraw, standing, dispute):
         app.command()(command)
     app.add_typer(payouts_app, name="payouts")
     app.add_typer(addresses_app, name="addresses")
@@ -119,6 +119,37 @@ def _dollars(nano: int) -> str:
     whole, part = divmod(abs(nano), 10**9)
     digits = f"{part:09d}".rstrip("0").ljust(2, "0")
     return f"{'-' if nano < 0 else ''}{whole}.{digits}"
+
+
+# -- standing -----------------------------------------------------------------------------------------
+
+
+def standing(data_dir: DataDir = HOME, as_json: Json = False) -> None:
+    """Show what the marketplace thinks of your nodes, and why."""
+    found = _with_account(data_dir, lambda account: account.standing())
+    if as_json:
+        print_json(msgspec.to_builtins(found))
+        return
+    out.print(f"[bold]{found.standing}[/] {found.reason}".rstrip())
+    for finding in found.findings:
+        out.print(f"  {finding.severity}: {finding.message}", markup=False)
+    if found.dispute is not None:
+        out.print(
+            f"your dispute is {found.dispute.state}. {found.dispute.answer or ''}".rstrip(), markup=False
+        )
+
+
+def dispute(
+    text: Annotated[str, typer.Argument(help="What is wrong with the finding, for a person to read.")],
+    data_dir: DataDir = HOME,
+    as_json: Json = False,
+) -> None:
+    """Dispute a standing that holds your earnings; a person decides."""
+    made = _with_account(data_dir, lambda account: account.dispute(text))
+    if as_json:
+        print_json({"dispute": msgspec.to_builtins(made)})
+    else:
+        out.print(f"Dispute {made.id} is {made.state}; see: tollway-node standing")
 
 
 # -- withdrawals --------------------------------------------------------------------------------------

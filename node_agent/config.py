@@ -228,14 +228,20 @@ VLLM_ARGV: Final = (
 def write_first_config(folder: Path, reply: EnrollReply, *, api: str, name: str) -> None:
     """Write the settings of a node that has just enrolled; engines of an earlier file are kept."""
     path = folder / CONFIG_FILE
+    if not path.exists():
+        write_settings(folder, node_id=reply.node_id, api=api, nats_url=reply.nats_url, name=name)
+        return
+    text = path.read_text(encoding="utf-8")
     values = {"node_id": reply.node_id, "api": api, "nats_url": reply.nats_url, "name": name}
-    if path.exists():
-        text = path.read_text()
-        for key, value in values.items():
-            text = _change_line(text, key, value)
-    else:
-        text = _HEAD.format(**{key: _quoted(value) for key, value in values.items()})
+    for key, value in values.items():
+        text = _change_line(text, key, value)
     _write(folder, text)
+
+
+def write_settings(folder: Path, *, node_id: str, api: str, nats_url: str, name: str = "") -> Config:
+    """Write a whole new file that explains every setting; raises `ConfigError` for values that are none."""
+    values = {"node_id": node_id, "api": api, "nats_url": nats_url, "name": name}
+    return _write(folder, _HEAD.format(**{key: _quoted(value) for key, value in values.items()}))
 
 
 def _change_line(text: str, key: str, value: str) -> str:

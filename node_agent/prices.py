@@ -10,6 +10,8 @@ from typing import Final, Literal
 from node_agent.protocol import PRICE_MAX
 
 NANO_PER_DOLLAR: Final = 10**9
+TOKENS_PER_PRICE: Final = 1_000_000
+OPERATOR_PERCENT: Final = 80  # R3
 Per = Literal["1k", "1m"]
 _FACTOR: Final[dict[Per, int]] = {"1k": 1000, "1m": 1}
 _CHARS_MAX: Final = 40
@@ -46,3 +48,13 @@ def format_price(nano_per_million: int, per: Per = "1m") -> str:
     value = Decimal(nano_per_million) / NANO_PER_DOLLAR / _FACTOR[per]
     whole, _, digits = f"{value:f}".partition(".")
     return f"{whole}.{digits.rstrip('0').ljust(2, '0')}"
+
+
+def share_nano(price_in: int, price_out: int, *, prompt_tokens: int, completion_tokens: int) -> int:
+    """Give the operator's share of a request in nano-dollars: its cost rounded up, 80 % of that rounded down.
+
+    >>> share_nano(100_000_000, 200_000_000, prompt_tokens=3, completion_tokens=5)
+    1040
+    """
+    cost = -(-(prompt_tokens * price_in + completion_tokens * price_out) // TOKENS_PER_PRICE)
+    return cost * OPERATOR_PERCENT // 100

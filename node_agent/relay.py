@@ -84,6 +84,11 @@ class Relay:
         self._usage = Usage()
         self._first_token_ms: int | None = None
 
+    @property
+    def completion_tokens(self) -> int:
+        """What the engine says it generated so far; 0 where it does not say."""
+        return self._usage.completion_tokens or 0
+
     # -- from the gateway -----------------------------------------------------------------
 
     def grant(self, up_to: int) -> None:

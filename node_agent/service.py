@@ -27,6 +27,7 @@ from node_agent.fabric_link import connect_options
 from node_agent.files import write_private
 from node_agent.identity import Identity
 from node_agent.journal import Journal
+from node_agent.meter import Meter
 from node_agent.relay import Relay
 
 STATUS_FILE: Final = "status.json"
@@ -64,6 +65,9 @@ class LocalStatus(msgspec.Struct, frozen=True):
     completion_tokens: int
     engines: list[EngineView]
     models: list[protocol.ModelStatus]
+    tokens_per_second: float = 0.0
+    earned_today_nano: int = 0
+    """By this node's own count, at its own prices, since 00:00 UTC; the marketplace's word counts."""
 
 
 class Service:
@@ -98,6 +102,7 @@ class Service:
         self._wake_status = asyncio.Event()
         self._sequence = 0
         self._served = self._failed = self._prompt_tokens = self._completion_tokens = 0
+        self._meter = Meter(now_ms())
         self._complaint: tuple[str, float] = ("", 0.0)
         self._config_seen_ns = _changed_ns(folder)
 
@@ -283,6 +288,7 @@ class Service:
             self._failed += 1
         self._prompt_tokens += entry.prompt_tokens or 0
         self._completion_tokens += entry.completion_tokens or 0
+        self._meter.note(model, entry)
         self._journal.write(entry)
 
     # -- status ---------------------------------------------------------------------------
@@ -365,6 +371,7 @@ class Service:
         await self._publish(protocol.status_subject(self.node_id), protocol.encode(status))
 
     def _write_local_status(self, models: list[protocol.ModelStatus]) -> None:
+        generated = self._completion_tokens + sum(relay.completion_tokens for relay in self._relays.values())
         status = LocalStatus(
             pid=os.getpid(),
             time_ms=self._now_ms(),
@@ -382,6 +389,8 @@ class Service:
                 for engine in self._engines.values()
             ],
             models=models,
+            tokens_per_second=self._meter.rate(generated, time.monotonic()),
+            earned_today_nano=self._meter.earned_today_nano(self._now_ms()),
         )
         write_private(self._folder / STATUS_FILE, msgspec.json.encode(status))
 

@@ -14,8 +14,10 @@ from rich.console import Console
 from node_agent.account import AccountError
 from node_agent.chain_check import ChainUnreachableError
 from node_agent.config import ConfigError
+from node_agent.engine_recipe import RecipeError
 from node_agent.enroll import EnrollError
 from node_agent.identity import IdentityError
+from node_agent.machine_service import ServiceError
 from node_agent.prices import PriceError
 
 HOME: Final = Path.home() / ".tollway-node"
@@ -51,7 +53,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except (
         *(ConfigError, IdentityError, EnrollError, PriceError),
-        *(AccountError, ChainUnreachableError),
+        *(AccountError, ChainUnreachableError, RecipeError, ServiceError),
     ) as error:
         end(str(error))
     except OSError as error:

@@ -129,7 +129,8 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: tuple[str, ...], w
 
 def test_status_without_an_agent(tmp_path: Path) -> None:
     assert call(tmp_path, "status").exit_code == 1
-    assert json.loads(call(tmp_path, "status", "--json").stdout) == {"is_running": False, "status": None}
+    told = json.loads(call(tmp_path, "status", "--json").stdout)
+    assert told == {"is_running": False, "status": None, "account": None}
 
 
 def test_agent_runs_alone_shows_its_status_and_stops_on_sigterm(
