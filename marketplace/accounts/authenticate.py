@@ -106,7 +106,7 @@ class AccountAuthenticator:
             raise invalid_session()
         self._remember(digest, found.person_id)
         scopes = SESSION_SCOPES | {"admin"} if found.is_admin else SESSION_SCOPES
-        return Identity(found.person_id, None, scopes)
+        return Identity(found.person_id, None, scopes, found.proved_at)
 
     def session_digest(self, presented: str) -> bytes:
         return self._digest(presented)

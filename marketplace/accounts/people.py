@@ -110,6 +110,17 @@ async def find_by_email(connection: AsyncConnection, email: str) -> tuple[Person
     return Person(**{c.name: row[c.name] for c in _COLUMNS}), row["password_hash"]
 
 
+async def find_with_password(
+    connection: AsyncConnection, person_id: UUID
+) -> tuple[Person | None, str | None]:
+    """Read a person by id, and the password's hash (None where he has no password)."""
+    query = select(*_COLUMNS, people.c.password_hash).where(people.c.id == person_id)
+    row = (await connection.execute(query)).mappings().one_or_none()
+    if row is None:
+        return None, None
+    return Person(**{c.name: row[c.name] for c in _COLUMNS}), row["password_hash"]
+
+
 async def prove_password(found: tuple[Person | None, str | None], password: str) -> Person:
     """Sign in what `find_by_email` gave; takes as long whether or not the address is known.
 

@@ -5,22 +5,39 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
-from typing import Annotated, Any, Final, Literal
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Final, Literal, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Request
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    model_validator,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.errors import BadAddress
 from chain.networks import Chain
-from marketplace.accounts import api_keys, errors, passwords, people, wallets
+from marketplace.accounts import api_keys, errors, passwords, people, sessions, wallets
 from marketplace.accounts.authenticate import AccountAuthenticator, bearer
 from marketplace.accounts.sessions import close_session, open_session
 from marketplace.accounts.tokens import session_digester
 from marketplace.platform.database import transaction
-from marketplace.platform.http import AccountIdentity, Refusal, RefusalOut, Services, ServicesDep
+from marketplace.platform.http import (
+    AccountIdentity,
+    Identity,
+    Refusal,
+    RefusalOut,
+    Services,
+    ServicesDep,
+    require_recent_proof,
+)
 
 router = APIRouter(prefix="/api", tags=["accounts"])
 
@@ -116,6 +133,19 @@ class WalletAnswer(_Asked):
     """May be left out: the message names it."""
 
 
+class Proof(_Asked):
+    """A password, or a wallet's answer to a challenge of `/api/auth/wallet/challenge`."""
+
+    password: SecretStr | None = Field(default=None, max_length=passwords.CHARACTERS_MAX)
+    wallet: WalletAnswer | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.password is None) == (self.wallet is None):
+            raise ValueError("give either a password or a wallet's answer")
+        return self
+
+
 class KeyRequest(_Asked):
     name: KeyName
     scopes: list[Scope] = Field(default=["inference"], min_length=1, max_length=3)
@@ -133,6 +163,12 @@ class SessionBody(BaseModel):
     """Shown once; send it as `Authorization: Bearer st-…`."""
     person_id: UUID
     expires_at: datetime
+
+
+class SteppedUp(BaseModel):
+    proved_at: datetime
+    until: datetime
+    """Until when this session may change where money goes."""
 
 
 class WalletBody(BaseModel):
@@ -218,6 +254,32 @@ async def login(asked: Login, services: ServicesDep) -> SessionBody:
         return await _open(services, connection, person.id)
 
 
+@router.post(
+    "/auth/step-up",
+    responses=_refused(s401="Wrong password, or a signature that proves nothing", s400="An API key"),
+)
+async def step_up(
+    proof: Proof, request: Request, services: ServicesDep, identity: AccountIdentity
+) -> SteppedUp:
+    """Prove again who you are, for what a stolen session must not do; good for five minutes."""
+    if identity.key_id is not None:
+        raise Refusal(400, "not_a_session", "an API key cannot step up; sign in")
+    if proof.password is not None:
+        async with _work(services) as connection:
+            found = await people.find_with_password(connection, identity.person_id)
+        async with _refusals():
+            await people.prove_password(found, proof.password.get_secret_value())
+    elif proof.wallet is not None:
+        proved = await _prove(services, proof.wallet)
+        async with _work(services) as connection:
+            if proved.linking is not None or await wallets.owner_of(connection, proved) != identity.person_id:
+                raise Refusal(401, "bad_challenge", "this wallet does not sign in to this account")
+    token, now = bearer(request.headers.get("authorization")), services.clock.now()
+    async with _work(services) as connection:
+        await sessions.step_up(connection, session_digester(services.settings.secret)(token), now)
+    return SteppedUp(proved_at=now, until=now + timedelta(seconds=services.settings.step_up_s))
+
+
 @router.post("/auth/logout", status_code=204, responses=_refused(s401="No session", s400="An API key"))
 async def logout(request: Request, services: ServicesDep, identity: AccountIdentity) -> None:
     """End the session this request is made with."""
@@ -272,6 +334,15 @@ async def wallet_verify(answer: WalletAnswer, services: ServicesDep) -> SessionB
         return await _open(services, connection, person_id)
 
 
+async def _require_proof_if_any(services: Services, identity: Identity) -> None:
+    """Who has a password or a wallet must have used it just now; whoever has neither makes his first one."""
+    async with _work(services) as connection:
+        has_wallet = await people.wallets_of(connection, identity.person_id)
+        _, password_hash = await people.find_with_password(connection, identity.person_id)
+    if has_wallet or password_hash is not None:
+        require_recent_proof(services, identity)
+
+
 @router.post("/me/wallets/challenge", responses=_refused(**_NEEDS_ACCOUNT))
 async def link_challenge(
     asked: ChallengeRequest, services: ServicesDep, identity: AccountIdentity
@@ -282,7 +353,8 @@ async def link_challenge(
 
 @router.post("/me/wallets", responses=_refused(**_NEEDS_ACCOUNT, s409="The wallet signs in another account"))
 async def link_wallet(answer: WalletAnswer, services: ServicesDep, identity: AccountIdentity) -> PersonBody:
-    """Link one more wallet to this account."""
+    """Link one more wallet to this account.  A wallet signs in, so this needs a recent proof."""
+    await _require_proof_if_any(services, identity)
     proved = await _prove(services, answer)
     if proved.linking != identity.person_id:
         raise Refusal(401, "bad_challenge", "this text does not link a wallet to this account")

@@ -54,6 +54,7 @@ sessions: Final = Table(
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("expires_at", DateTime(timezone=True), nullable=False),
     Column("revoked_at", DateTime(timezone=True)),
+    Column("proved_at", DateTime(timezone=True), nullable=False),
 )
 
 api_keys: Final = Table(

@@ -194,10 +194,11 @@ async def _claim(connection: AsyncConnection, proved: ProvedWallet, person_id: U
         .values(id=uuid7(), person_id=person_id, kind=proved.kind, address=proved.address, verified_at=now)
         .on_conflict_do_nothing(index_elements=["kind", "address"])
     )
-    return await _owner(connection, proved) or person_id
+    return await owner_of(connection, proved) or person_id
 
 
-async def _owner(connection: AsyncConnection, proved: ProvedWallet) -> UUID | None:
+async def owner_of(connection: AsyncConnection, proved: ProvedWallet) -> UUID | None:
+    """Whom this wallet signs in; None if nobody."""
     query = select(wallets.c.person_id).where(
         wallets.c.kind == proved.kind, wallets.c.address == proved.address
     )
@@ -207,7 +208,7 @@ async def _owner(connection: AsyncConnection, proved: ProvedWallet) -> UUID | No
 
 async def sign_in(connection: AsyncConnection, proved: ProvedWallet, now: datetime) -> UUID:
     """Give the wallet's person, made at the first sign-in."""
-    owner = await _owner(connection, proved)
+    owner = await owner_of(connection, proved)
     if owner is not None:
         return owner
     savepoint = await connection.begin_nested()

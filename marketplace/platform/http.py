@@ -10,6 +10,7 @@ Refusals have OpenAI's shape on every path: `{"error": {"message", "type", "para
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Annotated, Protocol
 from uuid import UUID
 
@@ -87,6 +88,8 @@ class Identity:
     """None for a session."""
     scopes: frozenset[str] = field(default_factory=frozenset)
     """`inference` (call models), `account` (read and manage one's own things), `admin`."""
+    proved_at: datetime | None = None
+    """When this session's person last proved who he is, by password or wallet; None for an API key."""
 
 
 class Authenticator(Protocol):
@@ -115,6 +118,21 @@ def services(request: Request) -> Services:
 
 async def _identify(request: Request) -> Identity:
     return await services(request).authenticator.authenticate(request)
+
+
+def require_recent_proof(services: Services, identity: Identity) -> None:
+    """Refusal 403 unless the caller proved who he is within `Settings.step_up_s` (A43).
+
+    For what a stolen credential must not do: where money goes, and who may say so.
+    """
+    within = timedelta(seconds=services.settings.step_up_s)
+    if within and (identity.proved_at is None or services.clock.now() > identity.proved_at + within):
+        raise Refusal(
+            403,
+            "step_up_required",
+            "prove again who you are: in a session (not with an API key), POST /api/auth/step-up with your "
+            f"password or a wallet's signature, then repeat this within {services.settings.step_up_s} s",
+        )
 
 
 def _require(scope: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - a FastAPI dependency factory

@@ -190,7 +190,9 @@ def client_address(peer: str, forwarded_for: str | None, trusted_proxies: frozen
     return str(found)
 
 
-_ATTEMPTS: Final = frozenset({"/api/auth/register", "/api/auth/login", "/api/auth/wallet/verify"})
+_ATTEMPTS: Final = frozenset(
+    {"/api/auth/register", "/api/auth/login", "/api/auth/wallet/verify", "/api/auth/step-up"}
+)
 
 
 def rule_of(path: str) -> Rule | None:

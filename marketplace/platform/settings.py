@@ -27,6 +27,7 @@ from marketplace.platform.errors import SetupFault
 
 SECRET_CHARACTERS_MIN: Final = 32
 DAY_S: Final = 86_400
+STEP_UP_S_MAX: Final = 300
 
 
 class Environment(StrEnum):
@@ -74,6 +75,8 @@ class Settings(BaseSettings):
     """How long USDC-funded earnings mature."""
     cooling_s: int = Field(default=2 * DAY_S, ge=0)
     """How long a new payout address waits before its first use (A43)."""
+    step_up_s: int = Field(default=300, ge=0)
+    """How old somebody's proof of who he is may be when he changes where money goes (A43); 0: none asked."""
 
     smtp_url: SecretStr = SecretStr("")
     """`smtp://user:password@host:587` or `smtps://…`; empty = development writes mails to data_dir/mail."""
@@ -102,9 +105,12 @@ class Settings(BaseSettings):
         if not self.database_url.get_secret_value():
             raise ValueError("TOLLWAY_DATABASE_URL is not set (`tollway up` starts a database and sets it)")
         if self.environment is Environment.PRODUCTION and (
-            self.reserve_s < DAY_S or self.cooling_s < 2 * DAY_S
+            self.reserve_s < DAY_S or self.cooling_s < 2 * DAY_S or not 0 < self.step_up_s <= STEP_UP_S_MAX
         ):
-            raise ValueError("reserve (24 h) and cooling (48 h) times can be shortened in development only")
+            raise ValueError(
+                "reserve (24 h) and cooling (48 h) times can be shortened, and step-up (5 minutes) loosened, "
+                "in development only"
+            )
         return self
 
     @property

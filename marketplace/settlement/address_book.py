@@ -18,9 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.addresses import parse_payout_address
 from chain.networks import Chain
+from marketplace.notices import outbox
 from marketplace.platform.ids import uuid7
 from marketplace.platform.settings import ChainsConfig
-from marketplace.settlement import notices, sanctions
+from marketplace.settlement import sanctions
 from marketplace.settlement.errors import NotFound, WrongState
 from marketplace.settlement.tables import payout_addresses
 
@@ -93,7 +94,7 @@ async def add(
         f"{address} on {chain.value} was added to your payout addresses; it can be used from "
         f"{entry.usable_at.isoformat(timespec='minutes')}. If it was not you, retire it and tell us."
     )
-    await notices.leave(conn, person=person, kind="payout_address_added", message=message, now=now)
+    await outbox.enqueue(conn, "payout_address_added", person, {"message": message}, now=now)
     return entry, True
 
 
@@ -134,7 +135,7 @@ async def retire(conn: AsyncConnection, *, person: UUID, address_id: UUID, now: 
     if done.rowcount == 0:
         raise NotFound("you have no such payout address in use")
     message = f"payout address {address_id} was retired. If it was not you, tell us."
-    await notices.leave(conn, person=person, kind="payout_address_retired", message=message, now=now)
+    await outbox.enqueue(conn, "payout_address_retired", person, {"message": message}, now=now)
 
 
 def _entry(r: Row[Any]) -> PayoutAddress:

@@ -20,7 +20,8 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, select, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -44,14 +45,15 @@ from marketplace.settlement.batches import live_batch, lock_chain
 from marketplace.settlement.digest import batch_digest, merkle_root
 from marketplace.settlement.dry_run import prepare
 from marketplace.settlement.errors import PlanRefused
-from marketplace.settlement.tables import payouts, settlement_batches, withdrawals
+from marketplace.settlement.tables import account_openings, payouts, settlement_batches, withdrawals
 from marketplace.settlement.withdrawals import Status
 
 LINES_MAX: Final = 300
 """Of one batch on any chain; a rail may take fewer (`max_lines`)."""
 ON_A_LIST: Final = "the address is on a sanctions list"
-ACCOUNT_CLOSED: Final = (
-    "the wallet's USDC account was closed after an earlier payout: open it, then ask again"
+ACCOUNT_MISSING: Final = (
+    "the wallet has no USDC account, and we have opened one for you before (closed since, or another "
+    "wallet's): open it, then ask again"
 )
 ATTEMPTS_MAX: Final = 3
 """How often the plan is made again because a request changed during the dry run."""
@@ -101,7 +103,7 @@ async def plan(engine: AsyncEngine, rail: PayoutRail, clock: Clock, *, planned_b
             listed = await sanctions.listed(conn, {c.address for c in candidates})
         barred = {str(c.payout_id): ON_A_LIST for c in candidates if c.address in listed}
         try:
-            barred |= await _rent_farmers(engine, rail, candidates)
+            barred |= await _rent_farmers(engine, rail, candidates, clock.now())
             unsigned, refused = await prepare(
                 rail, [c.line for c in candidates if str(c.payout_id) not in barred]
             )
@@ -156,31 +158,43 @@ async def _read(conn: AsyncConnection, rail: PayoutRail, now: datetime) -> list[
 
 
 async def _rent_farmers(
-    engine: AsyncEngine, rail: PayoutRail, candidates: Sequence[Candidate]
+    engine: AsyncEngine, rail: PayoutRail, candidates: Sequence[Candidate], now: datetime
 ) -> dict[str, str]:
-    """Payees we paid before whose token account is gone: its rent, ours once, went to them (A45).
+    """Payees without a token account for whom we opened one before: its rent went to them (A45).
 
-    Once per wallet we open a token account; whoever closed it opens the next one himself.
+    We open one per operator and chain, on record before it happens; whoever closes it, or comes with
+    another wallet, opens the next one himself.
     """
     look: Callable[[Sequence[PayoutLine]], Awaitable[frozenset[str]]] | None
     look = getattr(rail, "missing_accounts", None)
     missing = frozenset[str]() if look is None else await look([c.line for c in candidates])
     if not missing:
         return {}
-    t = payouts.c
-    statement = (
-        select(t.address)
-        .distinct()
-        .join(settlement_batches, settlement_batches.c.id == t.batch_id)
-        .where(
-            t.address.in_(missing),
-            settlement_batches.c.chain == rail.chain.value,
-            settlement_batches.c.status == Payout.FINAL.value,
-        )
-    )
+    barred: dict[str, str] = {}
     async with transaction(engine) as conn:
-        closed = frozenset(await conn.scalars(statement))
-    return {str(c.payout_id): ACCOUNT_CLOSED for c in candidates if c.address in closed}
+        for candidate in (c for c in candidates if c.address in missing):
+            if not await _may_open(conn, rail.chain, candidate, now):
+                barred[str(candidate.payout_id)] = ACCOUNT_MISSING
+    return barred
+
+
+async def _may_open(conn: AsyncConnection, chain: Chain, candidate: Candidate, now: datetime) -> bool:
+    """Note that we open this payee's token account; False if we have opened another for this operator.
+
+    The same address may be tried again: a plan that came to nothing may not have opened it.  It is
+    used up once a batch had a payout to it.
+    """
+    t, p = account_openings.c, payouts.c
+    row = insert(account_openings).values(
+        person_id=candidate.person_id, chain=chain.value, address=candidate.address, at=now
+    )
+    if await conn.scalar(row.on_conflict_do_nothing().returning(t.address)) is not None:
+        return True
+    opened = await conn.scalar(
+        select(t.address).where(t.person_id == candidate.person_id, t.chain == chain.value)
+    )
+    batched = select(p.id).where(p.person_id == candidate.person_id, p.address == candidate.address).limit(1)
+    return opened == candidate.address and await conn.scalar(batched) is None
 
 
 async def _covered(

@@ -29,6 +29,7 @@ from marketplace.platform.http import (
     RefusalOut,
     Services,
     ServicesDep,
+    require_recent_proof,
 )
 from marketplace.settlement import (
     address_book,
@@ -236,7 +237,11 @@ async def list_payout_addresses(services: ServicesDep, identity: AccountIdentity
 async def add_payout_address(
     services: ServicesDep, identity: AccountIdentity, body: NewPayoutAddress, response: Response
 ) -> PayoutAddressBody:
-    """Add an address; it can be used after the cooling time.  200 if you have it already."""
+    """Add an address; it can be used after the cooling time.  200 if you have it already.
+
+    Needs a proof of who you are that is at most five minutes old: sign in, or POST /api/auth/step-up.
+    """
+    require_recent_proof(services, identity)
     async with _work(services) as conn:
         entry, is_new = await address_book.add(
             conn,

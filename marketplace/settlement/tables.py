@@ -174,15 +174,13 @@ payout_rules: Final = Table(
     Column("at", _AT, nullable=False),
 )
 
-settlement_notices: Final = Table(
-    "settlement_notices",
+account_openings: Final = Table(
+    "account_openings",
     metadata,
-    Column("id", Uuid, primary_key=True),
-    Column("person_id", Uuid, nullable=False),
-    Column("kind", Text, nullable=False),
-    Column("message", Text, nullable=False),
+    Column("person_id", Uuid, primary_key=True),
+    Column("chain", Text, primary_key=True),
+    Column("address", Text, nullable=False),
     Column("at", _AT, nullable=False),
-    Column("delivered_at", _AT),
 )
 
 sanctioned_addresses: Final = Table(

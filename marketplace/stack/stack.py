@@ -315,6 +315,7 @@ class Stack:
             # Development settings, visible as such: nobody wants to wait a day for a demo.
             "reserve_s": "0",
             "cooling_s": "0",
+            "step_up_s": "0",  # the demo's people have keys alone
         }
         write_private(self.folder.environment_file, json.dumps(self.environment, indent=2))
         python = [sys.executable, "-m", "marketplace"]

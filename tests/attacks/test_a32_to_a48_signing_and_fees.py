@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.errors import ChainRefusal
@@ -25,12 +26,13 @@ from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.database import transaction
-from marketplace.settlement import address_book, batches, notices, planner, signing, withdrawals
+from marketplace.settlement import address_book, batches, planner, signing, withdrawals
 from marketplace.settlement.consents import consent_of
 from marketplace.settlement.errors import ExportRefused, NotEligible, PlanRefused
 from marketplace.settlement.rails import open_rails
 from marketplace.settlement.settler import Pace, Settler
 from marketplace.settlement.signing import Expected, check_export, export_batch
+from marketplace.settlement.withdrawals import Status
 from tests.settlement_parts import LIMITS, Desk, a_person, earn, run_out
 from tests.settlement_rigs import PASSPHRASE, Rig, a_base_rig
 
@@ -168,7 +170,7 @@ async def test_a43_a_new_address_waits_is_told_of_and_changes_nothing_under_way(
         for old in await address_book.listing(conn, ann):
             if old.id != entry.id:
                 await address_book.retire(conn, person=ann, address_id=old.id, now=desk.clock.now())
-        told = {notice.kind for notice in await notices.waiting(conn) if notice.person_id == ann}
+        told = set(await conn.scalars(text("SELECT kind FROM notices WHERE person_id = :ann"), {"ann": ann}))
     assert told == {"payout_address_added", "payout_address_retired"}
 
     async def to_the_thief() -> Any:
@@ -202,6 +204,32 @@ async def test_a45_a_token_account_is_opened_once_per_wallet(desk: Desk) -> None
     desk.rail.without_account.clear()
     await desk.request(ann, 20, "k3")
     assert (await desk.plan()).count == 1
+
+
+async def test_a45_an_operator_with_many_wallets_is_opened_one(desk: Desk) -> None:
+    """Nor is an account opened a second time when the batch it was opened for came to nothing."""
+    ann = await desk.operator(60)
+    first, second = desk.address_of(ann), "0x" + "7" * 40
+    desk.rail.without_account.update({first, second})
+    made = await desk.request(ann, 20)
+    desk.rail.is_paused = True
+    with pytest.raises(PlanRefused):
+        await desk.plan()
+    desk.rail.is_paused = False
+    await desk.approved()  # the same wallet again: nothing had been paid for it
+    await run_out(desk, desk.settler())
+    assert (await desk.status(ann, made)).status is Status.PAID
+    async with transaction(desk.engine) as conn:
+        await desk.add_address(conn, ann, second)
+    desk.clock.pass_s(3600)
+    async with transaction(desk.engine) as conn:
+        other, _ = await withdrawals.request(
+            conn, person=ann, chain=Chain.BASE, address=second, amount=Micro(20_000_000), key="k2",
+            limits=LIMITS, now=desk.clock.now(),
+        )  # fmt: skip
+    with pytest.raises(PlanRefused):
+        await desk.plan()
+    assert "opened one for you before" in ((await desk.status(ann, other)).refusal or "")
 
 
 # ── on a real Safe ────────────────────────────────────────────────────────────────────────────────────────

@@ -115,6 +115,7 @@ async def office(engine: AsyncEngine) -> AsyncIterator[Office]:
         database_url=SecretStr("postgresql://given@elsewhere/db"),
         secret=SecretStr("s" * 40),
         cooling_s=3600,
+        step_up_s=0,
     )
     app.state.services = Services(engine, settings, CHAINS, desk.clock, signed_in)
     admin = await a_person(engine)

@@ -14,7 +14,7 @@ from chain.payouts import Payout
 from chain.units import Micro
 from marketplace.ledger.money import Nano
 from marketplace.platform.database import transaction
-from marketplace.settlement import batches, notices, payout_rules, people, sanctions, statement, treasury
+from marketplace.settlement import batches, payout_rules, people, sanctions, statement, treasury
 from marketplace.settlement.digest import is_included, merkle_proof
 from marketplace.settlement.errors import PlanRefused
 from marketplace.settlement.payout_rules import PayoutRules
@@ -175,12 +175,3 @@ def test_what_is_no_list_of_addresses_is_refused(tmp_path: Path, content: bytes)
     file.write_bytes(content)
     with pytest.raises(BadList):
         sanctions.read_list(file)
-
-
-async def test_notices_wait_until_delivered(desk: Desk) -> None:
-    ann = await desk.operator(40)
-    async with transaction(desk.engine) as conn:
-        (notice,) = await notices.waiting(conn)
-        assert (notice.person_id, notice.kind) == (ann, "payout_address_added")
-        await notices.delivered(conn, notice.id, now=desk.clock.now())
-        assert await notices.waiting(conn) == []
