@@ -18,6 +18,7 @@ from marketplace.fabric.node_ids import node_uuid
 from marketplace.gateway import metrics
 from marketplace.gateway.answer import UsageOut
 from marketplace.gateway.ports import LedgerAccounts
+from marketplace.gateway.receipts_writer import Drift, Hashes, ReceiptWriter
 from marketplace.gateway.session import Session
 from marketplace.ledger.charges import FINISH_CHARACTERS_MAX, MODEL_CHARACTERS_MAX, Charge
 from marketplace.ledger.errors import LedgerError, LedgerUnavailable
@@ -25,6 +26,7 @@ from marketplace.ledger.lease_book import Hold
 from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.money import ZERO, cost, dollars, split
 from marketplace.ledger.poster import Poster
+from marketplace.metering.counting import CountedOn
 from marketplace.metering.settlement import Usage, settle
 from marketplace.platform.clock import Clock
 
@@ -43,9 +45,16 @@ class Billing:
     """Counts, prices and posts, for one gateway process."""
 
     def __init__(
-        self, *, poster: Poster, keeper: LeaseKeeper, accounts: LedgerAccounts, clock: Clock
+        self,
+        *,
+        poster: Poster,
+        keeper: LeaseKeeper,
+        receipts: ReceiptWriter,
+        accounts: LedgerAccounts,
+        clock: Clock,
     ) -> None:
         self._poster = poster
+        self._receipts = receipts
         self._keeper = keeper
         self._accounts = accounts
         self._clock = clock
@@ -78,6 +87,7 @@ class Billing:
         is_ours = True
         try:
             usage = await self._count(session)
+            noted = self._note(session, usage)
             try:
                 charge = await self._attempt(session, hold, usage, status)
             except LedgerUnavailable:
@@ -87,6 +97,7 @@ class Billing:
         finally:
             if hold is not None and is_ours:
                 self._keeper.release(hold)  # harmless once the poster has it
+        await noted
         _measure(charge)
         return UsageOut(
             prompt_tokens=usage.tokens_in,
@@ -96,6 +107,27 @@ class Billing:
             cost_nano=charge.amount.n,
             receipt_id=str(charge.id),
             counted_by=usage.counted_by.name.lower(),
+            counted_on=usage.counted_on.name.lower(),
+        )
+
+    def _note(self, session: Session, usage: Usage) -> asyncio.Future[bool]:
+        """Have written beside the charge what its receipt needs; and a node's drift."""
+        node, answer = session.node, session.answer
+        assert node is not None
+        assert answer is not None
+        if usage.is_drifting:
+            metrics.DRIFT.inc()
+            _log.warning("request %s: node %s counts otherwise than we do", session.request_id, node.node_id)
+            self._receipts.drifted(
+                Drift(
+                    session.request_id, node_uuid(node.node_id), session.model,
+                    prompt_counted=session.prompt_tokens, prompt_reported=answer.prompt_reported,
+                    completion_counted=usage.completion_counted,
+                    completion_reported=answer.completion_reported,
+                )
+            )  # fmt: skip
+        return self._receipts.note(
+            Hashes(session.request_id, session.request_sha256, answer.response_sha256(), usage.counted_on)
         )
 
     async def record_refusal(self, session: Session, *, status: int, code: str) -> None:
@@ -132,27 +164,27 @@ class Billing:
         written = answer.written()
         stops, ignores_end = request.stops, bool(request.ignore_eos)
 
-        def count() -> int:
-            return sum(
+        def count() -> tuple[int, CountedOn]:
+            counts = [
                 counter.completion_tokens(choice, stops=stops, ignores_end=ignores_end) for choice in written
-            )
+            ]
+            return sum(tokens for tokens, _ in counts), max((on for _, on in counts), default=CountedOn.IDS)
 
         is_big = sum(len(choice.everything) for choice in written) > BIG_TEXT_BYTES
+        completion_counted, counted_on = await asyncio.to_thread(count) if is_big else count()
         return settle(
             prompt_counted=session.prompt_tokens,
             prompt_reported=answer.prompt_reported,
-            completion_counted=await asyncio.to_thread(count) if is_big else count(),
+            completion_counted=completion_counted,
             completion_reported=answer.completion_reported,
             completion_limit=session.max_tokens * session.choices,
+            counted_on=counted_on,
         )
 
     async def _charge(self, session: Session, hold: Hold | None, usage: Usage, status: int) -> Charge:
         node, answer = session.node, session.answer
         assert node is not None
         assert answer is not None
-        if usage.is_drifting:
-            metrics.DRIFT.inc()
-            _log.warning("request %s: node %s counts otherwise than we do", session.request_id, node.node_id)
         amount = cost(
             tokens_in=usage.tokens_in, tokens_out=usage.tokens_out,
             price_in=node.price_in, price_out=node.price_out,

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import IntEnum
 from typing import Any, Final, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -38,6 +39,15 @@ _REFUSALS: Final = (
     TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
 )  # fmt: skip
 """What a template raises on messages it was not written for."""
+
+
+class CountedOn(IntEnum):
+    """What a completion was counted on."""
+
+    IDS = 0
+    """The ids the engine sampled, shown to spell what was delivered."""
+    TEXT = 1
+    """The delivered text, encoded again: the engine told no ids, or ids that cannot be believed."""
 
 
 class PromptRefused(Exception):
@@ -162,15 +172,15 @@ class TokenCounter:
 
     def completion_tokens(
         self, written: Written, *, stops: Sequence[str] = (), ignores_end: bool = False
-    ) -> int:
+    ) -> tuple[int, CountedOn]:
         """Count one choice's tokens: its ids if they say what was delivered, else its text encoded again.
 
         `stops` are the buyer's stop strings; `ignores_end` his wish to go on after the end of the turn, the
         one case in which many special tokens are honest.
         """
         if written.has_all_ids and self._is_believable(written, stops, ignores_end=ignores_end):
-            return len(written.ids)
-        return self.text_tokens(written.everything)
+            return len(written.ids), CountedOn.IDS
+        return self.text_tokens(written.everything), CountedOn.TEXT
 
     def _is_believable(self, written: Written, stops: Sequence[str], *, ignores_end: bool) -> bool:
         specials = sum(number in self._special_ids for number in written.ids)

@@ -12,6 +12,7 @@ from typing import Final
 
 from marketplace.ledger.charges import CountedBy
 from marketplace.ledger.money import Nano, cost
+from marketplace.metering.counting import CountedOn
 
 DRIFT_TOKENS: Final = 16
 DRIFT_PERCENT: Final = 2
@@ -27,6 +28,9 @@ class Usage:
     counted_by: CountedBy
     is_drifting: bool
     """The operator's word and our count are too far apart; counts against the node."""
+    completion_counted: int = 0
+    """Our own count of what was delivered."""
+    counted_on: CountedOn = CountedOn.IDS
 
 
 def is_drift(reported: int, counted: int) -> bool:
@@ -45,6 +49,7 @@ def settle(
     completion_counted: int,
     completion_reported: int | None,
     completion_limit: int,
+    counted_on: CountedOn = CountedOn.IDS,
 ) -> Usage:
     """Decide what is billed.  Reported counts are None where the node told none that made sense.
 
@@ -60,7 +65,7 @@ def settle(
     """
     if completion_counted == 0:
         drifting = completion_reported is not None and is_drift(completion_reported, 0)
-        return Usage(0, 0, CountedBy.GATEWAY, drifting)
+        return Usage(0, 0, CountedBy.GATEWAY, drifting, 0, counted_on)
     tokens_in, tokens_out = prompt_counted, min(completion_counted, completion_limit)
     by = CountedBy.GATEWAY
     drifting = completion_counted > completion_limit
@@ -71,7 +76,7 @@ def settle(
         drifting |= is_drift(completion_reported, completion_counted)
         if completion_reported < tokens_out:
             tokens_out, by = completion_reported, CountedBy.NODE
-    return Usage(tokens_in, tokens_out, by, drifting)
+    return Usage(tokens_in, tokens_out, by, drifting, completion_counted, counted_on)
 
 
 def hold_for(*, prompt_tokens: int, max_tokens: int, choices: int, price_in: int, price_out: int) -> Nano:

@@ -9,7 +9,7 @@ import pytest
 from marketplace.gateway.answer import Answer, ChoiceUnknown, UsageOut, error_event
 from node_agent.protocol import ChoiceDelta, Delta, End, TokenLogprob, ToolCallDelta, TopLogprob
 
-USAGE = UsageOut(3, 2, 5, "0.000007", 7_000, "r-1", "gateway")
+USAGE = UsageOut(3, 2, 5, "0.000007", 7_000, "r-1", "gateway", "ids")
 
 
 def an_answer(choices: int = 1) -> Answer:
@@ -37,7 +37,7 @@ def test_a_stream_to_the_byte() -> None:
         b'"finish_reason":null}]}',
         head + b'{"index":0,"delta":{"content":"l\\"\\n\xe2\x80\xa8"},"logprobs":null,'
         b'"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,'
-        b'"cost":"0.000007","cost_nano":7000,"receipt_id":"r-1","counted_by":"gateway"}}',
+        b'"cost":"0.000007","cost_nano":7000,"receipt_id":"r-1","counted_by":"gateway","counted_on":"ids"}}',
         b"",
     ]
     assert answer.usage_event(USAGE).startswith(head[:-1] + b'[],"usage":{')
@@ -69,6 +69,7 @@ def test_a_whole_answer_to_the_byte() -> None:
             "cost_nano": 7_000,
             "receipt_id": "r-1",
             "counted_by": "gateway",
+            "counted_on": "ids",
         },
     }
 

@@ -64,37 +64,37 @@ def test_a_tokenizer_file_that_truncates_is_not_obeyed() -> None:
     ],
 )
 def test_ids_count_if_they_say_the_text(counter: TokenCounter, written: Written, expected: int) -> None:
-    assert counter.completion_tokens(written) == expected
+    assert counter.completion_tokens(written)[0] == expected
 
 
 def test_a_stop_string_counts_up_to_its_last_token(counter: TokenCounter) -> None:
     stopped = Written(ids("one, "), "one", stop_reason=", ")
-    assert counter.completion_tokens(stopped, stops=[", "]) == 5
-    assert counter.completion_tokens(stopped, stops=["?"]) == 3  # nobody asked for that
+    assert counter.completion_tokens(stopped, stops=[", "])[0] == 5
+    assert counter.completion_tokens(stopped, stops=["?"])[0] == 3  # nobody asked for that
     too_long = Written(ids("one, two"), "one", stop_reason=", ")
-    assert counter.completion_tokens(too_long, stops=[", "]) == 3
+    assert counter.completion_tokens(too_long, stops=[", "])[0] == 3
     by_token = Written([*ids("one"), 5], "one", stop_reason=5)
-    assert counter.completion_tokens(by_token) == 4
-    assert counter.completion_tokens(Written(ids("one more"), "one", stop_reason=5)) == 3
+    assert counter.completion_tokens(by_token)[0] == 4
+    assert counter.completion_tokens(Written(ids("one more"), "one", stop_reason=5))[0] == 3
 
 
 def test_many_special_tokens_are_believed_only_of_who_goes_on_after_the_end(counter: TokenCounter) -> None:
     written = Written([*ids("Hi"), *[END] * 40], "Hi")
-    assert counter.completion_tokens(written) == 2
-    assert counter.completion_tokens(written, ignores_end=True) == 42
+    assert counter.completion_tokens(written)[0] == 2
+    assert counter.completion_tokens(written, ignores_end=True)[0] == 42
 
 
 def test_reasoning_and_calls_count_with_their_marks(counter: TokenCounter) -> None:
     thought = "<think>\nhm\n</think>\n\nyes"
     written = Written(ids(thought), "yes", reasoning="hm")
-    assert counter.completion_tokens(written) == len(thought)
+    assert counter.completion_tokens(written)[0] == len(thought)
     call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     written = Written(ids(call), "", calls=['f{"a": 1}'])
-    assert counter.completion_tokens(written) == len(call)
+    assert counter.completion_tokens(written)[0] == len(call)
     padded = Written(ids(call + " " * 500), "", calls=['f{"a": 1}'])
-    assert counter.completion_tokens(padded) == len('f{"a": 1}')
+    assert counter.completion_tokens(padded)[0] == len('f{"a": 1}')
     other = Written(ids("<think>something else"), "yes", reasoning="hm")
-    assert counter.completion_tokens(other) == len("hmyes")
+    assert counter.completion_tokens(other)[0] == len("hmyes")
 
 
 @pytest.mark.parametrize(
@@ -177,4 +177,4 @@ def test_the_tiny_models_own_files_count() -> None:
     )
     text = "def é(self):\n    return None"
     sampled = counter._tokenizer.encode(text).ids
-    assert counter.completion_tokens(Written(sampled, text)) == len(sampled)
+    assert counter.completion_tokens(Written(sampled, text))[0] == len(sampled)

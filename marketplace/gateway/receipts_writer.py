@@ -1,0 +1,191 @@
+"""What a gateway writes beside each charge: hashes for its receipt, and drift.
+
+Rows wait a millisecond for company and go in one statement on a connection of their own, while the poster
+commits the charges; the statement does not wait for the disk (`synchronous_commit = off`), since the commit
+of the charges, which the buyer waits for, writes the log up to there or a fraction of a second more.
+A row that cannot be written for `PATIENCE_S` is given up: its receipt then has no hashes, and says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from marketplace.metering.counting import CountedOn
+
+_log = logging.getLogger(__name__)
+
+WINDOW_S: Final = 0.001
+PATIENCE_S: Final = 5.0
+RETRY_S: Final = 0.2
+ROWS_MAX: Final = 1_024
+QUEUE_MAX: Final = 16_384
+_FAULTS: Final = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, SQLAlchemyError)
+
+_HASHES: Final = """
+    INSERT INTO receipts (id, request_sha256, response_sha256, counted_on)
+    SELECT * FROM unnest($1::uuid[], $2::bytea[], $3::bytea[], $4::smallint[]) ON CONFLICT DO NOTHING"""
+_DRIFTS: Final = """
+    INSERT INTO metering_drift (id, node, model, prompt_counted, prompt_reported, completion_counted,
+                                completion_reported)
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::integer[], $6::integer[],
+                         $7::integer[]) ON CONFLICT DO NOTHING"""
+
+
+@dataclass(frozen=True, slots=True)
+class Hashes:
+    """What a receipt says beyond the charge."""
+
+    id: UUID
+    request_sha256: bytes
+    response_sha256: bytes
+    counted_on: CountedOn
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A node's count and ours too far apart; None where it told none that made sense."""
+
+    id: UUID
+    node: UUID
+    model: str
+    prompt_counted: int
+    prompt_reported: int | None
+    completion_counted: int
+    completion_reported: int | None
+
+
+class ReceiptWriter:
+    """Accepts rows from `start` to `close`."""
+
+    def __init__(self, engine: AsyncEngine, *, patience_s: float = PATIENCE_S) -> None:
+        self._engine = engine
+        self._patience_s = patience_s
+        self._hashes: deque[tuple[Hashes, asyncio.Future[bool]]] = deque()
+        self._drifts: deque[Drift] = deque(maxlen=QUEUE_MAX)
+        self._work = asyncio.Event()
+        self._connection: AsyncConnection | None = None
+        self._driver: asyncpg.Connection[asyncpg.Record] | None = None
+        self._is_closing = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin writing; a database that is away is waited for."""
+        self._task = asyncio.create_task(self._run(), name="receipt-writer")
+
+    async def close(self) -> None:
+        """Write what waits, as long as the patience lasts."""
+        self._is_closing = True
+        self._work.set()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=self._patience_s)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for _, written in self._hashes:
+            written.set_result(False)
+        self._hashes.clear()
+        await self._disconnect()
+
+    def note(self, hashes: Hashes) -> asyncio.Future[bool]:
+        """Have a row written; the future tells whether it was, and never raises."""
+        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if len(self._hashes) >= QUEUE_MAX or self._is_closing:
+            written.set_result(False)
+            return written
+        self._hashes.append((hashes, written))
+        self._work.set()
+        return written
+
+    def drifted(self, drift: Drift) -> None:
+        """Have a drift written some time soon; of a flood, the newest."""
+        self._drifts.append(drift)
+        self._work.set()
+
+    async def _run(self) -> None:
+        while True:
+            while not self._hashes and not self._drifts:
+                if self._is_closing:
+                    return
+                self._work.clear()
+                await self._work.wait()
+            if not self._is_closing:
+                await asyncio.sleep(WINDOW_S)
+            await self._write_hashes()
+            await self._write_drifts()
+
+    async def _write_hashes(self) -> None:
+        part = [self._hashes.popleft() for _ in range(min(len(self._hashes), ROWS_MAX))]
+        if not part:
+            return
+        rows = [hashes for hashes, _ in part]
+        columns = (
+            [row.id for row in rows],
+            [row.request_sha256 for row in rows],
+            [row.response_sha256 for row in rows],
+            [int(row.counted_on) for row in rows],
+        )
+        is_written = False
+        try:
+            is_written = await self._insert(_HASHES, *columns)
+        finally:
+            for _, written in part:
+                if not written.done():
+                    written.set_result(is_written)
+
+    async def _write_drifts(self) -> None:
+        rows = [self._drifts.popleft() for _ in range(min(len(self._drifts), ROWS_MAX))]
+        if rows:
+            await self._insert(
+                _DRIFTS,
+                [row.id for row in rows],
+                [row.node for row in rows],
+                [row.model for row in rows],
+                [row.prompt_counted for row in rows],
+                [row.prompt_reported for row in rows],
+                [row.completion_counted for row in rows],
+                [row.completion_reported for row in rows],
+            )
+
+    async def _insert(self, statement: str, *columns: Sequence[object]) -> bool:
+        """Write rows; False when patience ran out."""
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + self._patience_s
+        while True:
+            try:
+                async with asyncio.timeout_at(give_up_at):
+                    driver = self._driver or await self._connect()
+                    await driver.execute(statement, *columns)
+            except _FAULTS as e:
+                await self._disconnect()
+                if loop.time() + RETRY_S >= give_up_at:
+                    _log.warning("%d rows beside charges are given up: %s", len(columns[0]), type(e).__name__)
+                    return False
+                await asyncio.sleep(RETRY_S)
+            else:
+                return True
+
+    async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
+        self._connection = await self._engine.connect()
+        driver = (await self._connection.get_raw_connection()).driver_connection
+        assert isinstance(driver, asyncpg.Connection)
+        await driver.execute("SET synchronous_commit = off")
+        self._driver = driver
+        return driver
+
+    async def _disconnect(self) -> None:
+        connection, self._connection, self._driver = self._connection, None, None
+        if connection is not None:
+            with contextlib.suppress(*_FAULTS):
+                await connection.invalidate()  # back in the pool, the session would keep its setting
+            with contextlib.suppress(*_FAULTS):
+                await connection.close()
