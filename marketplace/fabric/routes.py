@@ -1,39 +1,26 @@
-"""The operators' routes: make an enrolment token, enrol, see and revoke nodes."""
+"""The operators' routes: make an enrolment token, enrol, see and revoke nodes, see why they were chosen."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 
-from marketplace.fabric import enrolment
+from marketplace.fabric import enrolment, reports
 from marketplace.fabric.live import LiveNode, LiveNodes
 from marketplace.fabric.tables import nodes
 from marketplace.platform.database import transaction
-from marketplace.platform.http import AccountIdentity, Refusal, ServicesDep
+from marketplace.platform.http import AccountIdentity, Refusal, RefusalOut, ServicesDep
 from node_agent.protocol import ENROLL_PATH, EnrollRequest, ProofInvalidError
 
 router = APIRouter(tags=["nodes"])
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorBody(BaseModel):
-    """A refusal, in OpenAI's shape."""
-
-    error: ErrorDetail
-
-
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorBody} for status in statuses}
+    return {status: {"model": RefusalOut} for status in statuses}
 
 
 class EnrolmentToken(BaseModel):
@@ -96,6 +83,38 @@ class NodeView(BaseModel):
 
 class NodeList(BaseModel):
     data: list[NodeView]
+
+
+class LossOut(BaseModel):
+    """One reason why requests went to others."""
+
+    reason: str = Field(description="price, latency, load, recent_failure, drawn_lower, or why left out")
+    requests: int
+    share_permille: int = Field(description="of the decisions in which the node was considered")
+    own: int | None = Field(description="the node's number, averaged over these losses")
+    winner: int | None = Field(description="the winners' number, averaged over these losses")
+    unit: str | None = Field(description="of both numbers")
+    message: str = Field(description="one sentence, to be shown as it is")
+
+
+class ModelReportOut(BaseModel):
+    model: str
+    considered: int = Field(description="decisions, of those sampled, in which the node was known")
+    chosen: int = Field(description="of them, asked first")
+    share_permille: int
+    lost: list[LossOut]
+
+
+class NodeReportOut(BaseModel):
+    node_id: str
+    name: str
+    models: list[ModelReportOut]
+
+
+class OperatorReport(BaseModel):
+    hours: int
+    since: datetime
+    nodes: list[NodeReportOut]
 
 
 _STATUS_OF: Final = {
@@ -191,6 +210,46 @@ async def revoke_node(
         )
     if not found:
         raise Refusal(404, "node_not_found", "you have no such node")
+
+
+@router.get("/api/operator/report", responses=_refusals(400, 401, 403))
+async def report(
+    services: ServicesDep,
+    identity: AccountIdentity,
+    hours: Annotated[int, Query(ge=1, le=reports.HOURS_MAX)] = 24,
+) -> OperatorReport:
+    """Tell why requests went to your nodes or to others, from a sample of the router's decisions."""
+    since = services.clock.now() - timedelta(hours=hours)
+    async with transaction(services.engine) as connection:
+        found = await reports.read(connection, identity.person_id, since=since)
+    return OperatorReport(hours=hours, since=since, nodes=[_node_report(node) for node in found])
+
+
+def _node_report(node: reports.NodeReport) -> NodeReportOut:
+    return NodeReportOut(
+        node_id=node.node_id, name=node.name, models=[_model_report(model) for model in node.models]
+    )
+
+
+def _model_report(model: reports.ModelReport) -> ModelReportOut:
+    return ModelReportOut(
+        model=model.model,
+        considered=model.considered,
+        chosen=model.chosen,
+        share_permille=1000 * model.chosen // model.considered,
+        lost=[
+            LossOut(
+                reason=loss.reason,
+                requests=loss.requests,
+                share_permille=1000 * loss.requests // model.considered,
+                own=loss.own,
+                winner=loss.winner,
+                unit=loss.unit,
+                message=loss.message,
+            )
+            for loss in model.lost
+        ],
+    )
 
 
 def _live_status(node: LiveNode | None) -> LiveStatus | None:

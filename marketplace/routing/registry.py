@@ -25,6 +25,7 @@ from marketplace.fabric.floods import UnwantedCallback
 from marketplace.fabric.live import LiveModel, LiveNode
 from marketplace.routing.choice import NodeView
 from marketplace.routing.health import Health
+from marketplace.routing.tally import Tally
 from node_agent.protocol import (
     NODE_SILENT_MS_MAX,
     VERSION,
@@ -106,6 +107,8 @@ class Registry:
         """`on_unwanted`: told of every status that came too soon."""
         self._clock_ms = clock_ms
         self._on_unwanted = on_unwanted
+        self.tally = Tally(clock_ms)
+        """Why nodes were chosen or not; every decision is offered to it."""
         self._nodes: dict[NodeId, _Node] = {}
         self._by_model: dict[str, dict[NodeId, _Offer]] = {}
         self._unpriced: dict[OfferKey, tuple[int, int]] = {}

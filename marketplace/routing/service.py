@@ -23,6 +23,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from marketplace.fabric import reports
 from marketplace.fabric.callout import Callout
 from marketplace.fabric.connection import Connection
 from marketplace.fabric.floods import Floods
@@ -43,6 +44,7 @@ CHANGES_OVERLAP: Final = timedelta(seconds=60)
 """Longer than a transaction that enrols or revokes, and than the clocks of two gateways differ."""
 PRICES_EVERY_S: Final = 0.1
 SEEN_EVERY_S: Final = 30.0
+TALLY_EVERY_S: Final = 15.0
 
 _KNOWN: Final = text("""
     SELECT nodes.id, nodes.operator_id FROM nodes JOIN people ON people.id = nodes.operator_id
@@ -131,6 +133,7 @@ class FabricService:
                 (RELOAD_EVERY_S, self._reload, "reload"),
                 (PRICES_EVERY_S, self._price, "prices"),
                 (SEEN_EVERY_S, self._store_seen, "seen"),
+                (TALLY_EVERY_S, self._store_tally, "tally"),
             )
         ]
 
@@ -201,3 +204,13 @@ class FabricService:
             before = now - timedelta(seconds=SEEN_EVERY_S / 2)
             async with transaction(self._engine) as connection:
                 await connection.execute(_SEEN, {"ids": ids, "now": now, "before": before})
+
+    async def _store_tally(self) -> None:
+        sums = self.registry.tally.take()
+        rows = [(*key, added.requests, added.own, added.winner) for key, added in sums.items()]
+        try:
+            async with transaction(self._engine) as connection:
+                await reports.add(connection, rows, now=self._clock.now())
+        except _FAULTS:
+            self.registry.tally.give_back(sums)
+            raise

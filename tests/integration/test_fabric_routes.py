@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from marketplace.fabric import reports
 from marketplace.fabric.live import LiveModel, LiveNode
 from marketplace.fabric.node_ids import node_id_of, node_uuid
 from marketplace.fabric.routes import router
@@ -219,3 +220,50 @@ def test_node_ids_are_strict() -> None:
     for text_ in ("", "n-", "x-af7sfytzwb6mhgge3qgaybzzr4", "n-AF7SFYTZWB6MHGGE3QGAYBZZR4", "n-" + "1" * 26):
         with pytest.raises(ValueError):
             node_uuid(text_)
+
+
+async def test_an_operator_is_told_why_requests_went_to_others(site: Site) -> None:
+    """Gateways add up their sums; each operator sees his own nodes, of the hours he asks for."""
+    operator, other = await site.person(), await site.person()
+    mine = (await site.enroll(proof(await site.token(operator), a_seed()))).json()["node_id"]
+    theirs = (await site.enroll(proof(await site.token(other), a_seed()))).json()["node_id"]
+    price, unknown = 100_000_000, node_id_of(uuid.uuid4())
+    old = [(mine, "m", "full", 5, 0, 0)]
+    async with transaction(site.engine) as connection:
+        await reports.add(connection, old, now=site.clock.now() - timedelta(hours=30))
+        for _gateway in range(2):
+            rows = [
+                (mine, "m", "chosen", 10, 0, 0),
+                (mine, "m", "price", 30, 30 * price, 24 * price),
+                (theirs, "m", "chosen", 30, 0, 0),
+                (unknown, "m", "chosen", 1, 0, 0),
+            ]
+            await reports.add(connection, rows, now=site.clock.now())
+
+    async def report(who: str, hours: int) -> dict[str, Any]:
+        answer = await site.client.get(
+            "/api/operator/report", params={"hours": hours}, headers={"authorization": who}
+        )
+        assert answer.status_code == 200, answer.text
+        (node,) = answer.json()["nodes"]
+        (model,) = node["models"]
+        assert node["name"] == "rack 1"
+        return {"node": node["node_id"], **model}
+
+    assert await report(operator, 24) == {
+        "node": mine, "model": "m", "considered": 80, "chosen": 20, "share_permille": 250,
+        "lost": [
+            {
+                "reason": "price", "requests": 60, "share_permille": 750, "own": price,
+                "winner": 80_000_000, "unit": "nano_per_million_tokens",
+                "message": "others were cheaper: they asked $0.08 per million tokens on average, you $0.10",
+            }
+        ],
+    }  # fmt: skip
+    assert (await report(operator, 48))["considered"] == 85
+    assert (await report(other, 24))["chosen"] == 60
+    answer = await site.client.get("/api/operator/report?hours=0", headers={"authorization": operator})
+    assert answer.status_code == 400
+    async with transaction(site.engine) as connection:
+        await reports.add(connection, rows, now=site.clock.now() + reports.KEPT - timedelta(hours=20))
+    assert (await report(operator, 48))["considered"] == 120, "what is older than a week is gone"
