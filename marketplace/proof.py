@@ -36,7 +36,9 @@ async def prove_all(
 
     `show` gets verdicts as they fall, `progress` how far the re-hashing of charges is.
     """
-    engine = database.connect(settings.database_url.get_secret_value(), pool_size=5)
+    engine = database.connect(
+        settings.database_url.get_secret_value(), pool_size=5, statement_seconds_max=None
+    )
     proofs: list[Proof] = []
 
     def tell(proof: Proof) -> None:
@@ -44,8 +46,8 @@ async def prove_all(
         show(proof)
 
     try:
-        async with engine.connect() as connection:
-            async for check in prove_ledger(connection, tell=progress):
+        async with engine.connect() as connection, engine.connect() as beside:
+            async for check in prove_ledger(connection, beside=beside, tell=progress):
                 tell(Proof(check.name, check.ok, check.detail))
         try:
             for result in await reconciled(engine, settings):

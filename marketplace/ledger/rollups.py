@@ -2,7 +2,7 @@
 
 A background task calls `roll_up` every minute or so.  It adds the batches posted since, lane by lane, each
 exactly once; a mark per lane says how far it is.  `usage.daily` reads them, `prove` compares them with the
-charges (L5 daily sums).
+charges (L5 daily sums …).
 """
 
 from __future__ import annotations

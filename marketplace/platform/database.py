@@ -48,8 +48,21 @@ def with_driver(given: str) -> str:
     return url.set(drivername="postgresql+asyncpg", query=query).render_as_string(hide_password=False)
 
 
-def connect(url: str, *, pool_size: int = 10, role: str | None = APPLICATION_ROLE) -> AsyncEngine:
-    """Open a pool on the book, each connection working as `role` (None: as the URL's own user)."""
+STATEMENT_SECONDS_MAX: Final = 60
+
+
+def connect(
+    url: str,
+    *,
+    pool_size: int = 10,
+    role: str | None = APPLICATION_ROLE,
+    statement_seconds_max: int | None = STATEMENT_SECONDS_MAX,
+) -> AsyncEngine:
+    """Open a pool on the book, each connection working as `role` (None: as the URL's own user).
+
+    A statement that takes longer than `statement_seconds_max` fails (None: never), so that nobody waits for
+    ever on a database that is gone.
+    """
     server_settings = {"timezone": "UTC", "application_name": "tollway"}
     if role is not None:
         server_settings["role"] = role
@@ -59,7 +72,11 @@ def connect(url: str, *, pool_size: int = 10, role: str | None = APPLICATION_ROL
         max_overflow=0,
         pool_timeout=10,
         pool_pre_ping=True,
-        connect_args={"server_settings": server_settings, "timeout": 10, "command_timeout": 60},
+        connect_args={
+            "server_settings": server_settings,
+            "timeout": 10,
+            "command_timeout": statement_seconds_max,
+        },
     )
 
 

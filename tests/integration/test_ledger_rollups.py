@@ -78,7 +78,7 @@ async def test_days_are_summed_once_and_prove_compares_them(engine, people):
     assert await broken(engine) == []
     async with engine.begin() as conn:
         await conn.execute(text("UPDATE usage_daily SET fee = fee + 1 WHERE day = '2026-01-05'"))
-    assert await broken(engine) == ["L5 daily sums"]
+    assert await broken(engine) == ["L5 daily sums by day", "L5 daily sums by buyer"]
 
 
 async def test_a_month_is_detached_in_order_and_the_book_still_proves_itself(engine, owner_engine, people):
