@@ -281,6 +281,7 @@ class ChatService:
             )
         )
         session.decision = decision
+        self._registry.tally.note(decision)
         if not decision.candidates:
             raise Refusal(
                 503,
