@@ -1,0 +1,400 @@
+"""Limits that hold over all processes together, without a round trip per request.
+
+The database keeps, for each subject and rule, how many units it handed out lately; a process takes a *part*
+of the ceiling (a few units, good for a second or ten) and lets requests through from memory.  What a busy
+subject needs next is fetched before it runs out, all subjects in one statement; what a part does not use
+goes back.
+
+The law: in no stretch of `window_ms` does anybody get more than the ceiling, over all processes, since a unit
+counts from the moment it is handed out until a window after the last moment at which it can be used.  The
+error is therefore on one side only: up to an eighth of the ceiling may lie unused in each other process while
+its part lasts, a killed process's part counts as used until its window has passed, and a window is longer
+than asked by the life of a part (at most 1 s on a minute, 10 s on a day) and a 120th of itself.
+
+A window of 0 limits what is held at once (parallel requests): units are handed out for ten seconds and
+renewed while they are held, so those of a killed process come back by themselves.
+
+AllotmentsUnavailable    the database had to be asked and gave no answer
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Final, NamedTuple
+
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from marketplace.platform.database import transaction
+
+_log = logging.getLogger(__name__)
+
+PART_MS: Final = 1_000
+LONG_PART_MS: Final = 10_000
+"""Where the window is longer than a minute, or units are held."""
+MINUTE_MS: Final = 60_000
+PARTS: Final = 8
+"""A process takes at most an eighth of a ceiling beyond what already waits for it."""
+KEEP_S: Final = 0.25
+ASK_S_MAX: Final = 2.0
+BATCH_MAX: Final = 500
+IDLE_S: Final = 60.0
+SWEEP_S: Final = 3_600.0
+_FAULTS: Final = (OSError, SQLAlchemyError, TimeoutError)
+
+_TAKE: Final = text("""
+    SELECT place, granted, remaining, mark, reset_ms FROM take_allotments(
+        :subjects, :rules, CAST(:ceilings AS BIGINT[]), CAST(:windows AS BIGINT[]), CAST(:lives AS BIGINT[]),
+        CAST(:wants AS BIGINT[]), CAST(:leasts AS BIGINT[]),
+        CAST(:give_marks AS BIGINT[]), CAST(:give_units AS BIGINT[]))
+    ORDER BY place
+""")
+_SWEEP: Final = text("DELETE FROM allotments WHERE touched_at < now() - INTERVAL '2 days'")
+
+
+class AllotmentsUnavailable(Exception):
+    """The database had to be asked and gave no answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """At most `units` in any `window_ms`; with a window of 0, at most `units` held at once."""
+
+    rule: str
+    units: int
+    window_ms: int
+
+    @property
+    def life_ms(self) -> int:
+        """How long a part of it may be used."""
+        return PART_MS if 0 < self.window_ms <= MINUTE_MS else LONG_PART_MS
+
+
+class Grant(NamedTuple):
+    """Units taken; give back those that were not used."""
+
+    counter: _Counter
+    mark: int
+    units: int
+
+
+class Refused(NamedTuple):
+    """Not enough is left; `wait_s` until there may be."""
+
+    wait_s: int
+
+
+@dataclass(slots=True)
+class _Part:
+    """Units in this process; `until` in seconds, monotonic."""
+
+    mark: int
+    left: int
+    until: float
+
+
+@dataclass(slots=True)
+class _Waiter:
+    units: int
+    least: int
+    future: asyncio.Future[Grant | Refused]
+
+
+@dataclass(slots=True, eq=False)
+class _Counter:
+    """What this process knows of one subject's use of one rule."""
+
+    subject: str
+    ceiling: Ceiling
+    parts: deque[_Part] = field(default_factory=deque)
+    waiters: list[_Waiter] = field(default_factory=list)
+    taken_since: int = 0
+    """Units let through since the database was last asked: how much is needed next."""
+    held: int = 0
+    remaining: int = 0
+    """Of the whole ceiling, not handed out to any process, when the database last said."""
+    reset_at: float = 0.0
+    refused_until: float = 0.0
+    refused_units: int = 0
+    is_asked: bool = False
+    used_at: float = 0.0
+
+    @property
+    def is_held(self) -> bool:
+        return self.ceiling.window_ms == 0
+
+    def left(self) -> int:
+        """How many units may still be had, as far as this process knows."""
+        return self.remaining + sum(part.left for part in self.parts)
+
+
+class _Asked(NamedTuple):
+    counter: _Counter
+    want: int
+    least: int
+    give_mark: int
+    give_units: int
+    is_return: bool = False
+
+
+class Allotments:
+    """The parts of one process, from `start` to `stop`.  `monotonic` gives seconds."""
+
+    def __init__(self, engine: AsyncEngine, monotonic: Callable[[], float]) -> None:
+        self._engine = engine
+        self._monotonic = monotonic
+        self._counters: dict[tuple[str, str], _Counter] = {}
+        self._wanted: set[_Counter] = set()
+        self._returned: dict[tuple[_Counter, int], int] = {}
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        self._tasks = [
+            asyncio.create_task(self._ask_on(), name="allotments"),
+            asyncio.create_task(self._keep(), name="allotments-keep"),
+        ]
+
+    async def stop(self) -> None:
+        """Give back what is not used."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        for counter in self._counters.values():
+            counter.held = 0
+            for part in counter.parts:
+                part.until = 0.0
+            self._drop_expired(counter, self._monotonic())
+        with contextlib.suppress(AllotmentsUnavailable):
+            await self._ask([])
+
+    # ---- taking
+
+    def take_now(self, subject: str, ceiling: Ceiling, units: int = 1) -> Grant | None:
+        """Take from memory; None if the database has to be asked."""
+        counter = self._counters.get((subject, ceiling.rule))
+        if counter is None:
+            counter = self._counters[(subject, ceiling.rule)] = _Counter(subject, ceiling)
+        counter.ceiling = ceiling
+        now = counter.used_at = self._monotonic()
+        grant = self._take_from_parts(counter, units, now)
+        if (
+            grant is not None
+            and not counter.is_asked
+            and counter.remaining > 0
+            and not counter.is_held
+            and sum(part.left for part in counter.parts) < counter.taken_since
+        ):
+            self._want(counter)  # busy: fetch what is needed next
+        return grant
+
+    async def take(
+        self, subject: str, ceiling: Ceiling, units: int = 1, *, least: int | None = None
+    ) -> Grant | Refused:
+        """Take `units`, or as many as there are if those are at least `least`.
+
+        Raises AllotmentsUnavailable where the database had to be asked and gave no answer.
+        """
+        grant = self.take_now(subject, ceiling, units)
+        if grant is not None:
+            return grant
+        counter = self._counters[(subject, ceiling.rule)]
+        least = units if least is None else least
+        now = self._monotonic()
+        if now < counter.refused_until and least >= counter.refused_units:
+            return Refused(ceil(counter.reset_at - now))
+        waiter = _Waiter(units, least, asyncio.get_running_loop().create_future())
+        counter.waiters.append(waiter)
+        self._want(counter)
+        return await waiter.future
+
+    def give_back(self, grant: Grant, units: int) -> None:
+        """These units of a grant were not used (or are no longer held)."""
+        if units <= 0:
+            return
+        counter = grant.counter
+        if counter.is_held:
+            counter.held -= units
+            if counter.parts:
+                counter.parts[-1].left += units
+            return
+        now = self._monotonic()
+        for part in counter.parts:
+            if part.mark == grant.mark and part.until > now:
+                part.left += units
+                return
+        key = (counter, grant.mark)
+        self._returned[key] = self._returned.get(key, 0) + units
+
+    def left(self, subject: str, ceiling: Ceiling) -> tuple[int, int]:
+        """Give (units left, seconds until more come back), as far as this process knows."""
+        counter = self._counters.get((subject, ceiling.rule))
+        if counter is None:
+            return ceiling.units, ceil(ceiling.window_ms / 1000)
+        wait_s = ceil(max(0.0, counter.reset_at - self._monotonic()))
+        return max(0, min(counter.left(), ceiling.units)), max(1, wait_s)
+
+    def _take_from_parts(self, counter: _Counter, units: int, now: float) -> Grant | None:
+        if counter.parts and counter.parts[0].until <= now:
+            self._drop_expired(counter, now)
+        for part in counter.parts:
+            if part.left >= units and (not counter.is_held or counter.held + units <= counter.ceiling.units):
+                part.left -= units
+                counter.taken_since += units
+                if counter.is_held:
+                    counter.held += units
+                return Grant(counter, part.mark, units)
+        return None
+
+    def _drop_expired(self, counter: _Counter, now: float) -> None:
+        kept: deque[_Part] = deque()
+        for part in counter.parts:
+            if part.until > now:
+                kept.append(part)
+            elif part.left and not counter.is_held:
+                key = (counter, part.mark)
+                self._returned[key] = self._returned.get(key, 0) + part.left
+        counter.parts = kept
+
+    # ---- asking the database
+
+    def _want(self, counter: _Counter) -> None:
+        counter.is_asked = True
+        self._wanted.add(counter)
+        self._wake.set()
+
+    async def _ask_on(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            wanted = sorted(self._wanted, key=lambda counter: (counter.subject, counter.ceiling.rule))
+            self._wanted.clear()
+            for start in range(0, len(wanted), BATCH_MAX):
+                with contextlib.suppress(AllotmentsUnavailable):  # told to those who wait
+                    await self._ask(wanted[start : start + BATCH_MAX])
+
+    async def _ask(self, wanted: Sequence[_Counter]) -> None:
+        asked = [self._asked(counter) for counter in wanted]
+        returned, self._returned = self._returned, {}
+        asked += [_Asked(counter, 0, 0, mark, units, True) for (counter, mark), units in returned.items()]
+        if not asked:
+            return
+        asked.sort(key=lambda ask: (ask.counter.subject, ask.counter.ceiling.rule))  # no deadlocks
+        began = self._monotonic()
+        try:
+            async with asyncio.timeout(ASK_S_MAX), transaction(self._engine) as connection:
+                await connection.execute(text("SET LOCAL synchronous_commit = off"))
+                rows = (await connection.execute(_TAKE, _arrays(asked))).all()
+        except _FAULTS as e:
+            for ask in asked:
+                self._fail(ask.counter, AllotmentsUnavailable(type(e).__name__))
+            raise AllotmentsUnavailable(type(e).__name__) from e
+        for ask, row in zip(asked, rows, strict=True):
+            if not ask.is_return:
+                self._granted(ask, row.granted, row.remaining, row.mark, row.reset_ms, began)
+
+    def _asked(self, counter: _Counter) -> _Asked:
+        ceiling = counter.ceiling
+        waiting = sum(waiter.units for waiter in counter.waiters)
+        least = min((waiter.least for waiter in counter.waiters), default=0)
+        spare = min(2 * counter.taken_since, ceiling.units // PARTS)
+        counter.taken_since = 0
+        if not counter.is_held:
+            return _Asked(counter, max(waiting, spare), least, 0, 0)
+        # What is held moves into the new part in the same statement, so nobody can take it in between.
+        given = [(part.mark, part.left) for part in counter.parts]
+        mark = given[0][0] if given else 0
+        units = counter.held + given[0][1] if given else 0
+        return _Asked(counter, counter.held + max(waiting, spare), counter.held, mark, units)
+
+    def _granted(
+        self, ask: _Asked, granted: int, remaining: int, mark: int, reset_ms: int, began: float
+    ) -> None:
+        counter = ask.counter
+        counter.is_asked = False
+        counter.remaining = max(0, remaining)
+        counter.reset_at = began + reset_ms / 1000
+        until = began + counter.ceiling.life_ms / 1000
+        if counter.is_held:
+            if granted:
+                counter.parts = deque([_Part(mark, max(0, granted - counter.held), until)])
+            elif ask.give_units:  # less is allowed now than is held
+                counter.parts.clear()
+        elif granted:
+            counter.parts.append(_Part(mark, granted, until))
+        waiters, counter.waiters = counter.waiters, []
+        now = self._monotonic()
+        for waiter in waiters:
+            if waiter.future.done():
+                continue
+            units = waiter.units
+            if units > waiter.least:
+                units = max(waiter.least, min(units, max((part.left for part in counter.parts), default=0)))
+            grant = self._take_from_parts(counter, units, now)
+            if grant is None:
+                counter.refused_until, counter.refused_units = now + KEEP_S, waiter.least
+                waiter.future.set_result(Refused(max(1, ceil(reset_ms / 1000))))
+            else:
+                waiter.future.set_result(grant)
+
+    def _fail(self, counter: _Counter, error: AllotmentsUnavailable) -> None:
+        counter.is_asked = False
+        waiters, counter.waiters = counter.waiters, []
+        for waiter in waiters:
+            if not waiter.future.done():
+                waiter.future.set_exception(error)
+
+    # ---- keeping
+
+    async def _keep(self) -> None:
+        """Give back what expired, renew what is held, forget who has gone."""
+        swept = self._monotonic()
+        while True:
+            await asyncio.sleep(KEEP_S)
+            now = self._monotonic()
+            for key, counter in list(self._counters.items()):
+                self._keep_one(key, counter, now)
+            if self._returned:
+                self._wake.set()
+            try:
+                if self._returned and not self._wanted:
+                    await self._ask([])
+                if now - swept >= SWEEP_S:
+                    swept = now
+                    async with transaction(self._engine) as connection:
+                        await connection.execute(_SWEEP)
+            except (AllotmentsUnavailable, *_FAULTS) as e:
+                _log.warning("allotments wait: %s", type(e).__name__)
+
+    def _keep_one(self, key: tuple[str, str], counter: _Counter, now: float) -> None:
+        if counter.is_held and counter.held:
+            if not counter.is_asked and (
+                not counter.parts or counter.parts[0].until - now < counter.ceiling.life_ms / 1500
+            ):
+                self._want(counter)
+            return
+        self._drop_expired(counter, now)
+        if now - counter.used_at > IDLE_S and not counter.parts and not counter.waiters and not counter.held:
+            del self._counters[key]
+
+
+def _arrays(asked: Sequence[_Asked]) -> dict[str, list[object]]:
+    return {
+        "subjects": [ask.counter.subject for ask in asked],
+        "rules": [ask.counter.ceiling.rule for ask in asked],
+        "ceilings": [ask.counter.ceiling.units for ask in asked],
+        "windows": [ask.counter.ceiling.window_ms for ask in asked],
+        "lives": [ask.counter.ceiling.life_ms for ask in asked],
+        "wants": [ask.want for ask in asked],
+        "leasts": [ask.least for ask in asked],
+        "give_marks": [ask.give_mark for ask in asked],
+        "give_units": [ask.give_units for ask in asked],
+    }

@@ -1,0 +1,141 @@
+"""Limits shared by processes: several `Allotments` over one database are to it what processes are."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from marketplace.platform.allotments import (
+    MINUTE_MS,
+    PART_MS,
+    Allotments,
+    AllotmentsUnavailable,
+    Ceiling,
+    Grant,
+    Refused,
+)
+
+
+@asynccontextmanager
+async def processes(engine: AsyncEngine, count: int) -> AsyncIterator[list[Allotments]]:
+    running = [Allotments(engine, time.monotonic) for _ in range(count)]
+    for one in running:
+        await one.start()
+    try:
+        yield running
+    finally:
+        for one in running:
+            await one.stop()
+
+
+async def _units(engine: AsyncEngine, subject: str) -> int:
+    async with engine.connect() as connection:
+        query = text(
+            "SELECT coalesce(sum(u), 0) FROM allotments, unnest(units) AS u WHERE subject = :subject"
+        )
+        return int(await connection.scalar(query, {"subject": subject}) or 0)
+
+
+async def test_four_processes_let_exactly_the_ceiling_through(engine: AsyncEngine) -> None:
+    ceiling = Ceiling("requests", 60, MINUTE_MS)
+    async with processes(engine, 4) as running:
+        answers = await asyncio.gather(*(running[at % 4].take("ann", ceiling) for at in range(200)))
+        let_through = sum(isinstance(answer, Grant) for answer in answers)
+        await asyncio.sleep(PART_MS / 1000 + 0.6)  # parts that lay unused are back
+        for one in running:
+            while isinstance(await one.take("ann", ceiling), Grant):
+                let_through += 1
+        assert let_through == 60
+        refused = await running[0].take("ann", ceiling)
+        assert isinstance(refused, Refused)
+        assert 1 <= refused.wait_s <= 62
+        assert isinstance(await running[1].take("bob", ceiling), Grant)  # to each his own
+
+
+async def test_a_busy_subject_is_served_from_memory(engine: AsyncEngine) -> None:
+    ceiling = Ceiling("requests", 100_000, MINUTE_MS)
+    async with processes(engine, 1) as (one,):
+        from_memory = 0
+        for _ in range(300):
+            if one.take_now("ann", ceiling) is not None:
+                from_memory += 1
+            else:
+                await one.take("ann", ceiling)
+            await asyncio.sleep(0.001)
+        assert from_memory > 250
+
+
+async def test_a_window_frees_what_left_it_and_not_before(engine: AsyncEngine) -> None:
+    ceiling = Ceiling("requests", 3, 600)
+    async with processes(engine, 2) as running:
+        begun = time.monotonic()
+        times = []
+        while len(times) < 7:
+            if isinstance(await running[len(times) % 2].take("ann", ceiling), Grant):
+                times.append(time.monotonic() - begun)
+            await asyncio.sleep(0.02)
+        for first, fourth in zip(times, times[3:], strict=False):
+            assert fourth - first >= 0.6
+
+
+async def test_what_is_given_back_can_be_taken_elsewhere(engine: AsyncEngine) -> None:
+    ceiling = Ceiling("tokens", 1_000, MINUTE_MS)
+    async with processes(engine, 2) as (one, other):
+        grant = await one.take("ann", ceiling, 900)
+        assert isinstance(grant, Grant)
+        assert isinstance(await other.take("ann", ceiling, 200), Refused)
+        partly = await other.take("ann", ceiling, 200, least=50)
+        assert isinstance(partly, Grant)
+        assert partly.units == 100
+        one.give_back(grant, 850)
+        await asyncio.sleep(PART_MS / 1000 + 0.6)
+        assert isinstance(await other.take("ann", ceiling, 800), Grant)
+    assert await _units(engine, "ann") == 950
+
+
+async def test_what_is_held_is_limited_over_processes_and_comes_back(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("marketplace.platform.allotments.LONG_PART_MS", 900)
+    ceiling = Ceiling("parallel", 4, 0)
+    async with processes(engine, 2) as (one, other):
+        held = [await one.take("ann", ceiling) for _ in range(3)]
+        assert all(isinstance(grant, Grant) for grant in held)
+        last = await other.take("ann", ceiling)
+        assert isinstance(last, Grant)
+        assert isinstance(await one.take("ann", ceiling), Refused)
+        await asyncio.sleep(1.6)  # longer than a part lasts: both have renewed
+        assert isinstance(await one.take("ann", ceiling), Refused)
+        other.give_back(last, 1)
+        killed = Allotments(engine, time.monotonic)  # takes one and is never heard of again
+        await killed.start()
+        await asyncio.sleep(1.2)
+        assert isinstance(await killed.take("ann", ceiling), Grant)
+        for task in killed._tasks:
+            task.cancel()
+        assert isinstance(await other.take("ann", ceiling), Refused)
+        await asyncio.sleep(1.6)
+        assert isinstance(await other.take("ann", ceiling), Grant)
+
+
+async def test_a_lowered_ceiling_holds_at_once(engine: AsyncEngine) -> None:
+    async with processes(engine, 1) as (one,):
+        for _ in range(10):
+            assert isinstance(await one.take("ann", Ceiling("requests", 60, MINUTE_MS)), Grant)
+        await asyncio.sleep(PART_MS / 1000)
+        assert isinstance(await one.take("ann", Ceiling("requests", 5, MINUTE_MS)), Refused)
+
+
+async def test_without_the_database_nobody_is_let_through(engine: AsyncEngine) -> None:
+    async with processes(engine, 1) as (one,):
+        await one.take("ann", Ceiling("requests", 60, MINUTE_MS))
+        async with engine.begin() as connection:
+            await connection.execute(text("LOCK TABLE allotments IN ACCESS EXCLUSIVE MODE"))
+            with pytest.raises(AllotmentsUnavailable):
+                await one.take("bob", Ceiling("requests", 60, MINUTE_MS))
