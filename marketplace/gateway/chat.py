@@ -200,6 +200,7 @@ class ChatService:
         if model is None:
             raise Refusal(404, "model_not_found", f"no model is named {request.model!r}", param="model")
         session.counter = await self._counter(model)
+        request.disarm(session.counter)
         counts = await self._count_prompts(session.counter, request, is_big=len(body) > BIG_TEXT_BYTES)
         session.prompt_tokens, session.prompt_longest = sum(counts), max(counts)
         _check_context(session, request, model)

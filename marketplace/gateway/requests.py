@@ -130,6 +130,9 @@ class InferenceRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def disarm(self, counter: TokenCounter) -> None:
+        """Take control tokens out of what the buyer wrote, where a template adds its own; by default none."""
+
     def prompt_counts(self, counter: TokenCounter) -> list[int]:
         """Count each prompt's tokens as the engine will; raises PromptRefused."""
         raise NotImplementedError
@@ -169,6 +172,11 @@ class ChatRequest(InferenceRequest, kw_only=True, omit_defaults=True):
             found.setdefault("enable_thinking", self.reasoning_effort != "none")
             found["reasoning_effort"] = self.reasoning_effort
         return found
+
+    def disarm(self, counter: TokenCounter) -> None:
+        self.messages = counter.disarmed(self.messages)
+        self.tools = counter.disarmed(self.tools)
+        self.chat_template_kwargs = counter.disarmed(self.chat_template_kwargs)
 
     def prompt_counts(self, counter: TokenCounter) -> list[int]:
         return [len(counter.prompt_ids(known_messages(self), self.tools, self.template_variables))]

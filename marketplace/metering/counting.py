@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -24,6 +24,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from marketplace.metering.conversation import conversation, knows_developer, tools_for_template, wants_parts
+from marketplace.metering.disarming import Disarmer
+
+_T = TypeVar("_T")
 
 REPLACEMENT: Final = "\ufffd"
 """What a decoder prints for a character that was cut in the middle."""
@@ -128,6 +131,17 @@ class TokenCounter:
         self._special = dict(special_tokens)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(number for number, token in added.items() if token.special)
+        names = [token.content for token in added.values() if token.special]
+        ignores_case = self._tokenizer.normalizer is not None  # it may lower what it is given
+        self._disarmer = Disarmer(names, self._has_special, ignores_case=ignores_case)
+
+    def disarmed(self, value: _T) -> _T:
+        """Give what a buyer wrote, any JSON value, with no text that an engine reads as a control token."""
+        return self._disarmer.value(value)
+
+    def _has_special(self, text: str) -> bool:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return any(number in self._special_ids for number in ids)
 
     def prompt(
         self,
