@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import tempfile
 import uuid
@@ -14,6 +15,7 @@ import pytest
 from pytest_socket import socket_allow_hosts
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
+from xdist.scheduler import LoadScopeScheduling
 
 from marketplace.platform import database
 from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
@@ -31,12 +33,27 @@ def pytest_runtest_setup() -> None:
     socket_allow_hosts(["127.0.0.1", "::1"], allow_unix_socket=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class EngineOnOneWorker(LoadScopeScheduling):
+    """Keep the modules with a real engine on one worker: two engines on two cores starve.
+
+    xdist's own `loadgroup` writes the group into a field that pytest 9.2 no longer has.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "engine" if _starts_an_engine(nodeid.partition("::")[0]) else nodeid
+
+
+@functools.cache
+def _starts_an_engine(module: str) -> bool:
+    return "pytest.mark.engine" in (Path(__file__).parents[1] / module).read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    return EngineOnOneWorker(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests with a real engine on one worker, first: they take longest and two engines starve."""
-    for item in items:
-        if item.get_closest_marker("engine"):
-            item.add_marker(pytest.mark.xdist_group("engine"))
+    """Begin with the tests that take longest."""
     items.sort(key=lambda item: item.get_closest_marker("engine") is None)
 
 
