@@ -103,7 +103,7 @@ class WatchSet(Protocol):
     """Which addresses matter.  Membership is asked for every transfer on the chain: O(1), no I/O."""
 
     def is_watched(self, address: str) -> bool:
-        """Tell whether transfers to `address` (EVM address or Solana token account) are ours."""
+        """Tell whether transfers to `address` (EVM in lower case, or Solana token account) are ours."""
         ...
 
     def is_reference(self, key: str) -> bool:

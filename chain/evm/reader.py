@@ -38,7 +38,7 @@ _WORD: Final = re.compile(r"0x[0-9a-fA-F]{64}", re.ASCII)
 _log = logging.getLogger(__name__)
 
 
-class _RawHeader(msgspec.Struct):
+class _RawHeader(msgspec.Struct, gc=False):
     number: str
     hash: str
     parentHash: str  # noqa: N815  the protocol's spelling
@@ -63,6 +63,32 @@ class RawLog(msgspec.Struct):
 
     address: str
     topics: list[str]
+    data: str
+    blockNumber: str  # noqa: N815  the protocol's spelling
+    blockHash: str  # noqa: N815  the protocol's spelling
+    transactionHash: str  # noqa: N815  the protocol's spelling
+    logIndex: str  # noqa: N815  the protocol's spelling
+    removed: bool = False
+
+
+class _Topics(msgspec.Struct, array_like=True, gc=False):
+    """At most four; None where there is none."""
+
+    event: str | None = None
+    sender: str | None = None
+    to: str | None = None
+    fourth: str | None = None
+
+
+class _TransferLog(msgspec.Struct, gc=False):
+    """A log that should be a Transfer.
+
+    Tens of thousands are decoded at once: none of their parts is an object that the garbage collector
+    walks, since each of its walks also goes through all the addresses that are watched.
+    """
+
+    address: str
+    topics: _Topics
     data: str
     blockNumber: str  # noqa: N815  the protocol's spelling
     blockHash: str  # noqa: N815  the protocol's spelling
@@ -117,13 +143,8 @@ class EvmReader:
         if not 0 <= start <= end < start + BLOCKS_MAX:
             raise ValueError(f"blocks {start}..{end}: 1..{BLOCKS_MAX} ascending blocks can be read at once")
         headers, logs = await asyncio.gather(self._headers(start, end), self._logs(start, end))
-        by_height: dict[int, list[RawLog]] = {}
-        heard: set[int] = set()
-        for log in logs:
-            height = quantity(log.blockNumber)
-            by_height.setdefault(height, []).append(log)
-            if log.address.lower() == self._usdc:
-                heard.add(height)
+        by_height = _by_height(logs)
+        heard = {height for height, here in by_height.items() if any(self._is_usdc(log) for log in here)}
         await self._ask_again([raw for raw in headers if quantity(raw.number) not in heard], by_height)
         facts: list[BlockFacts] = []
         for raw in headers:
@@ -184,7 +205,7 @@ class EvmReader:
         parts = await asyncio.gather(*(some(f, min(f + BATCH_MAX - 1, end)) for f in firsts))
         return [raw for part in parts for raw in part]
 
-    async def _logs(self, start: int, end: int) -> list[RawLog]:
+    async def _logs(self, start: int, end: int) -> list[_TransferLog]:
         """The range's logs; halved when the node says that it is too much at once."""
         try:
             return await self._ask_logs({"fromBlock": hex(start), "toBlock": hex(end)})
@@ -194,12 +215,16 @@ class EvmReader:
             middle = (start + end) // 2
             return [*await self._logs(start, middle), *await self._logs(middle + 1, end)]
 
-    async def _ask_logs(self, where: dict[str, str]) -> list[RawLog]:
-        return await self._rpc.call(
-            "eth_getLogs", where | {"address": self._tokens, "topics": [TRANSFER_TOPIC]}, shape=list[RawLog]
-        )
+    async def _ask_logs(self, where: dict[str, str]) -> list[_TransferLog]:
+        asked = where | {"address": self._tokens, "topics": [TRANSFER_TOPIC]}
+        return await self._rpc.call("eth_getLogs", asked, shape=list[_TransferLog])
 
-    async def _ask_again(self, silent: Iterable[_RawHeader], by_height: dict[int, list[RawLog]]) -> None:
+    def _is_usdc(self, log: _TransferLog) -> bool:
+        return log.address == self._usdc or log.address.lower() == self._usdc
+
+    async def _ask_again(
+        self, silent: Iterable[_RawHeader], by_height: dict[int, list[_TransferLog]]
+    ) -> None:
         for raw in silent:
             bloom = int.from_bytes(data(raw.logsBloom))
             if all(bloom & bits == bits for bits in self._bloom_bits):
@@ -207,7 +232,7 @@ class EvmReader:
                 if logs:
                     by_height[quantity(raw.number)] = logs  # of all tokens: replaces what was heard
 
-    def _read(self, header: Header, logs: Iterable[RawLog], watch: WatchSet) -> BlockFacts:
+    def _read(self, header: Header, logs: Iterable[_TransferLog], watch: WatchSet) -> BlockFacts:
         inbound: list[TransferSeen] = []
         foreign: list[ForeignTransfer] = []
         for log in logs:
@@ -224,28 +249,29 @@ class EvmReader:
                 continue
             if transfer is None:
                 continue
-            token = log.address.lower()
-            if token == self._usdc:
+            if self._is_usdc(log):
                 inbound.append(transfer)
             else:
+                token = log.address.lower()
                 foreign.append(ForeignTransfer(checksummed(token[2:]), self._foreign[token], transfer))
         return BlockFacts(header, tuple(inbound), foreign=tuple(foreign))
 
-    def _transfer(self, header: Header, log: RawLog, watch: WatchSet) -> TransferSeen | None:
-        """Slice one log; None if it is not ours or moves nothing; Malformed if it is no Transfer."""
-        token = log.address.lower()
-        if token != self._usdc and token not in self._foreign:
+    def _transfer(self, header: Header, log: _TransferLog, watch: WatchSet) -> TransferSeen | None:
+        """Slice one log; None if it is not ours or moves nothing; Malformed if it is no Transfer of ours.
+
+        Almost every log is a stranger's: whose it is comes first, its form and spelling after.
+        """
+        if not self._is_usdc(log) and log.address.lower() not in self._foreign:
             raise Malformed("log of another contract")
         topics = log.topics
-        if len(topics) != 3 or topics[0] != TRANSFER_TOPIC:
+        if topics.event != TRANSFER_TOPIC or topics.to is None or topics.sender is None or topics.fourth:
             raise Malformed("not the three topics of a Transfer")
-        if not (_ADDRESS_TOPIC.fullmatch(topics[1]) and _ADDRESS_TOPIC.fullmatch(topics[2])):
+        if not watch.is_watched("0x" + topics.to[-40:].lower()):
+            return None
+        if not (_ADDRESS_TOPIC.fullmatch(topics.sender) and _ADDRESS_TOPIC.fullmatch(topics.to)):
             raise Malformed("address not canonically padded to 32 bytes")
         if not _WORD.fullmatch(log.data):
             raise Malformed("amount not 32 bytes")
-        to = checksummed(topics[2][26:].lower())
-        if not watch.is_watched(to):
-            return None
         if not _WORD.fullmatch(log.transactionHash):
             raise Malformed("transaction hash not 32 bytes")
         amount = quantity(log.data)
@@ -259,10 +285,21 @@ class EvmReader:
             tx=log.transactionHash,
             height=header.height,
             block_hash=header.hash,
-            to=to,
-            sender=checksummed(topics[1][26:].lower()),
+            to=checksummed(topics.to[26:].lower()),
+            sender=checksummed(topics.sender[26:].lower()),
             amount=Micro(amount),
         )
+
+
+def _by_height(logs: Iterable[_TransferLog]) -> dict[int, list[_TransferLog]]:
+    """Group by block; each spelling of a number is parsed once, not once a log."""
+    by_spelling: dict[str, list[_TransferLog]] = {}
+    for log in logs:
+        by_spelling.setdefault(log.blockNumber, []).append(log)
+    by_height: dict[int, list[_TransferLog]] = {}
+    for spelling, here in by_spelling.items():
+        by_height.setdefault(quantity(spelling), []).extend(here)
+    return by_height
 
 
 def _bloom_bits(item: bytes) -> int:

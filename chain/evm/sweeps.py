@@ -69,6 +69,10 @@ def sweeps_in(blocks: Iterable[BlockFacts], escrow: str, deposit_addresses: Watc
     moved: dict[tuple[str, int], list[tuple[str, Micro]]] = {}
     for block in blocks:
         for seen in block.inbound:
-            if seen.to == escrow and seen.sender != escrow and deposit_addresses.is_watched(seen.sender):
+            if (
+                seen.to == escrow
+                and seen.sender != escrow
+                and deposit_addresses.is_watched(seen.sender.lower())
+            ):
                 moved.setdefault((seen.tx, seen.height), []).append((seen.sender, seen.amount))
     return [Sweep(tx, height, tuple(lines)) for (tx, height), lines in moved.items()]

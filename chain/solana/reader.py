@@ -55,11 +55,11 @@ _NO_BLOCK: Final = frozenset(
 )
 
 
-class _Amount(msgspec.Struct):
+class _Amount(msgspec.Struct, gc=False):
     amount: str
 
 
-class _TokenBalance(msgspec.Struct, rename="camel"):
+class _TokenBalance(msgspec.Struct, rename="camel", gc=False):
     account_index: int
     mint: str
     ui_token_amount: _Amount
@@ -67,22 +67,22 @@ class _TokenBalance(msgspec.Struct, rename="camel"):
     program_id: str = ""
 
 
-class _Meta(msgspec.Struct, rename="camel"):
+class _Meta(msgspec.Struct, rename="camel", gc=False):
     err: Any = None
     pre_token_balances: list[_TokenBalance] | None = None
     post_token_balances: list[_TokenBalance] | None = None
 
 
-class _Key(msgspec.Struct):
+class _Key(msgspec.Struct, gc=False):
     pubkey: str
 
 
-class _Transaction(msgspec.Struct, rename="camel"):
+class _Transaction(msgspec.Struct, rename="camel", gc=False):
     signatures: list[str]
     account_keys: list[_Key]
 
 
-class _WithMeta(msgspec.Struct):
+class _WithMeta(msgspec.Struct, gc=False):
     transaction: _Transaction
     meta: _Meta | None = None
 
@@ -95,7 +95,10 @@ class _BlockHeader(msgspec.Struct, rename="camel"):
 
 
 class _Block(_BlockHeader, rename="camel"):
-    transactions: list[_WithMeta] = []
+    transactions: list[msgspec.Raw] = []
+
+
+_WITH_META: Final = msgspec.json.Decoder(_WithMeta)
 
 
 class SolanaReader:
@@ -113,6 +116,7 @@ class SolanaReader:
         self._rpc = rpc
         self._mint = mint
         self._genesis_hash = genesis_hash
+        self._mints = tuple(key.encode() for key in (mint, *_UNSUPPORTED))
 
     async def check_identity(self) -> None:
         """Raise WrongChain unless the node's genesis is the configured one (or the first one seen)."""
@@ -193,15 +197,20 @@ class SolanaReader:
             facts.append(self._read(header, block.transactions, watch))
         return facts
 
-    def _read(self, header: Header, transactions: Sequence[_WithMeta], watch: WatchSet) -> BlockFacts:
-        """What succeeded in one block, by balance difference of the accounts we know."""
+    def _read(self, header: Header, transactions: Sequence[msgspec.Raw], watch: WatchSet) -> BlockFacts:
+        """What succeeded in one block, by balance difference of the accounts we know.
+
+        Decoded one by one, and only if a mint of interest is named at all: most transactions of a block
+        are forgotten before the garbage collector has counted them.
+        """
         inbound: list[TransferSeen] = []
         outbound: list[Departure] = []
         foreign: list[ForeignTransfer] = []
         changes: list[AccountChange] = []
-        for item in transactions:
-            meta = item.meta
-            if meta is None or meta.err is not None:
+        for raw in transactions:
+            item = self._decode(header, raw)
+            meta = item.meta if item is not None else None
+            if item is None or meta is None or meta.err is not None:
                 continue
             after = self._watched(header, item, meta.post_token_balances, watch, foreign)
             before = self._watched(header, item, meta.pre_token_balances, watch, None)
@@ -212,6 +221,16 @@ class SolanaReader:
             for account, balance in before.items():
                 self._left(header, item, account, balance, after.get(account), outbound, changes)
         return BlockFacts(header, tuple(inbound), tuple(outbound), tuple(foreign), tuple(changes))
+
+    def _decode(self, header: Header, raw: msgspec.Raw) -> _WithMeta | None:
+        """The transaction, if it can be about us; None else."""
+        text = bytes(raw)
+        if not any(mint in text for mint in self._mints):
+            return None
+        try:
+            return _WITH_META.decode(text)
+        except msgspec.MsgspecError as e:
+            raise Malformed(f"slot {header.height}: {e}") from e
 
     def _watched(
         self,

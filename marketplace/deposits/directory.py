@@ -44,8 +44,9 @@ class KnownAddresses:
 
     def __init__(self, chain: Chain, escrow: str) -> None:
         self._family = family_of(chain)
-        self._escrow = escrow
+        self._escrow = self._spelt(escrow)
         self._addresses: set[str] = set()
+        """On EVM in lower case: a reader asks before it spells an address out."""
         self._references: dict[str, datetime] = {}
         self._last_address = 0
         self._last_pool_index = -1
@@ -55,10 +56,14 @@ class KnownAddresses:
         return len(self._addresses)
 
     def is_watched(self, address: str) -> bool:
+        address = self._spelt(address)
         return address in self._addresses or address == self._escrow
 
     def is_reference(self, key: str) -> bool:
         return key in self._references
+
+    def _spelt(self, address: str) -> str:
+        return address.lower() if self._family == "evm" else address
 
     async def refresh(self, conn: AsyncConnection, now: datetime) -> None:
         """Read what was added since the last call."""
@@ -75,7 +80,7 @@ class KnownAddresses:
             .order_by(deposit_addresses.c.seq)
         )
         for seq, watched in await conn.execute(statement):
-            self._addresses.add(watched)
+            self._addresses.add(self._spelt(watched))
             self._last_address = seq
 
     async def _refresh_pool(self, conn: AsyncConnection) -> None:

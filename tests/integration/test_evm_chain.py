@@ -53,7 +53,7 @@ class Watching:
     addresses: set[str]
 
     def is_watched(self, address: str) -> bool:
-        return address in self.addresses
+        return address in {known.lower() for known in self.addresses}
 
     def is_reference(self, key: str) -> bool:
         return False
