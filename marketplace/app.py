@@ -24,6 +24,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from marketplace.accounts.authenticate import AccountAuthenticator
 from marketplace.accounts.key_ring import KeyRing
 from marketplace.accounts.routes import router as accounts_router
+from marketplace.billing.routes import open_door
+from marketplace.billing.routes import router as stripe_router
 from marketplace.catalog.models import TokenizerFiles
 from marketplace.catalog.prices import PriceBook
 from marketplace.catalog.shelf import Shelf
@@ -33,15 +35,19 @@ from marketplace.fabric.routes import router as fabric_router
 from marketplace.gateway import metrics
 from marketplace.gateway.chat import ChatService
 from marketplace.gateway.hot_route import protocol_for
+from marketplace.gateway.idempotency import Idempotency
 from marketplace.gateway.ledger_accounts import RememberedAccounts
 from marketplace.gateway.openapi import router as chat_router
 from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.routes import router as gateway_router
 from marketplace.ledger.lease_keeper import LeaseKeeper
+from marketplace.ledger.money import Nano
+from marketplace.ledger.overdrafts import Overdraft
 from marketplace.ledger.poster import Poster
 from marketplace.metering.counting import TokenCounter
 from marketplace.notices.routes import router as notices_router
 from marketplace.platform import database
+from marketplace.platform.allotments import Allotments
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.http import Services, install_error_handlers
 from marketplace.platform.ids import uuid7
@@ -50,9 +56,11 @@ from marketplace.platform.limits import (
     DEVELOPMENT_LIMITS,
     RateLimitMiddleware,
     RateLimits,
+    SharedLimits,
 )
 from marketplace.platform.settings import Settings, load_chains
 from marketplace.routing.service import FabricService
+from marketplace.settlement.kyc import record as record_identity_check
 from marketplace.settlement.routes import router as settlement_router
 
 DRAIN_S = 30
@@ -80,21 +88,27 @@ class Gateway:
         self.keys = KeyRing(self.keys_engine, settings.secret, self.clock)
         self.shelf: Shelf[TokenCounter] = Shelf(self.engine, _counter_of)
         self.fabric = FabricService(settings, self.engine, PriceBook(self.engine))
-        self.keeper = LeaseKeeper(self.engine, worker=f"gateway-{uuid7()}")
+        terms = Overdraft(Nano(settings.overdraft_nano), Nano(settings.overdraft_nano_total))
+        self.keeper = LeaseKeeper(
+            self.engine, worker=f"gateway-{uuid7()}", overdraft=terms if terms.limit.n else None
+        )
         self.poster = Poster(self.engine, settle=self.keeper.settle)
         self.receipts = ReceiptWriter(self.engine)
-        self.limits = RateLimits(
-            self.clock.monotonic, DEVELOPMENT_LIMITS if settings.is_development else DEFAULT_LIMITS
-        )
+        self.idempotency = Idempotency(self.engine, secret=settings.secret.get_secret_value().encode())
+        rules = DEVELOPMENT_LIMITS if settings.is_development else DEFAULT_LIMITS
+        self.allotments = Allotments(self.engine, self.clock.monotonic)
+        self.limits = SharedLimits(RateLimits(self.clock.monotonic, rules), self.allotments, rules)
         self.chat = ChatService(
             keys=self.keys,
             limits=self.limits,
+            allotments=self.allotments,
             shelf=self.shelf,
             registry=self.fabric.registry,
             nodes=self.fabric.nodes,
             keeper=self.keeper,
             poster=self.poster,
             receipts=self.receipts,
+            idempotency=self.idempotency,
             accounts=RememberedAccounts(self.engine),
             clock=self.clock,
             secret=settings.secret.get_secret_value().encode(),
@@ -122,10 +136,12 @@ class Gateway:
         app.state.registry = self.fabric.registry
         app.state.live_nodes = self.fabric.registry
         app.state.chat = self.chat
+        app.state.stripe = open_door(self.settings, record_identity_check)
+        app.state.identity_provider = None if app.state.stripe is None else app.state.stripe.identity
         install_error_handlers(app)
         for router in (
             chat_router, gateway_router, accounts_router, deposits_router, fabric_router, settlement_router,
-            notices_router, requirement_router,
+            notices_router, requirement_router, stripe_router,
         ):  # fmt: skip
             app.include_router(router)
         self._add_operations(app)
@@ -178,12 +194,16 @@ class Gateway:
             stack.push_async_callback(self.keys.stop)
             await self.shelf.start()
             stack.push_async_callback(self.shelf.stop)
+            await self.allotments.start()
+            stack.push_async_callback(self.allotments.stop)
             await self.keeper.start()
             stack.push_async_callback(self.keeper.close)
             await self.poster.start()
             stack.push_async_callback(self.poster.close)
             await self.receipts.start()
             stack.push_async_callback(self.receipts.close)
+            await self.idempotency.start()
+            stack.push_async_callback(self.idempotency.stop)
             await self.fabric.start()
             stack.push_async_callback(self.fabric.stop)
             stack.push_async_callback(self.chat.close)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -37,6 +37,11 @@ class ApiKey:
     """Written every half minute, so up to that much late."""
     revoked_at: datetime | None
     expires_at: datetime | None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    parallel_requests: int | None = None
+    spend_nano_per_day: int | None = None
+    allowed_models: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +66,12 @@ async def issue_key(
     name: str,
     scopes: Collection[str],
     expires_at: datetime | None = None,
+    limits: Mapping[str, object] | None = None,
 ) -> IssuedKey:
-    """Make a key for a person; at most LIVE_KEYS_MAX live ones, `admin` only for administrators."""
+    """Make a key for a person; at most LIVE_KEYS_MAX live ones, `admin` only for administrators.
+
+    `limits`: any of LIMITS.
+    """
     # The lock makes two requests at once count each other's keys.
     query = select(people.c.frozen_at, people.c.is_admin).where(people.c.id == person_id)
     person = (await connection.execute(query.with_for_update(key_share=True))).one_or_none()
@@ -90,10 +99,48 @@ async def issue_key(
             digest=key_digester(secret)(plaintext),
             scopes=sorted(set(scopes)),
             expires_at=expires_at,
+            **_only_limits(limits or {}),
         )
         .returning(*_COLUMNS)
     )
     return IssuedKey(ApiKey(**made.mappings().one()), plaintext)
+
+
+LIMITS: Final = frozenset(
+    {
+        "requests_per_minute", "tokens_per_minute", "parallel_requests", "spend_nano_per_day",
+        "allowed_models",
+    }
+)  # fmt: skip
+"""What a key or an account may be limited in; null: no limit of its own."""
+
+
+def _only_limits(values: Mapping[str, object]) -> dict[str, object]:
+    unknown = values.keys() - LIMITS
+    if unknown:
+        raise ValueError(f"no such limits: {', '.join(sorted(unknown))}")
+    return dict(values)
+
+
+async def change_key(
+    connection: AsyncConnection, person_id: UUID, key_id: UUID, values: Mapping[str, object]
+) -> ApiKey | None:
+    """Change a live key's name, expiry or limits; None if the person has no such live key."""
+    changed = {name: values[name] for name in ("name", "expires_at") if name in values}
+    changed |= _only_limits({name: value for name, value in values.items() if name not in changed})
+    mine = (api_keys.c.id == key_id, api_keys.c.person_id == person_id, api_keys.c.revoked_at.is_(None))
+    if changed:
+        await connection.execute(update(api_keys).where(*mine).values(changed))
+    found = (await connection.execute(select(*_COLUMNS).where(*mine))).mappings().one_or_none()
+    return None if found is None else ApiKey(**found)
+
+
+async def limit_account(connection: AsyncConnection, person_id: UUID, values: Mapping[str, object]) -> bool:
+    """Set limits over all of a person's keys together; False if there is no such person."""
+    limits = _only_limits(values)
+    if limits:
+        await connection.execute(update(people).where(people.c.id == person_id).values(limits))
+    return await connection.scalar(select(people.c.id).where(people.c.id == person_id)) is not None
 
 
 async def list_keys(connection: AsyncConnection, person_id: UUID) -> list[ApiKey]:

@@ -30,6 +30,7 @@ from marketplace.accounts.tokens import is_key, key_digester
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.platform.http import Identity
+from marketplace.platform.limits import NO_ALLOWANCE, Allowance
 
 POLL_S: Final = 1.0
 READ_S_MAX: Final = 2.0
@@ -43,6 +44,11 @@ _log = structlog.get_logger()
 
 _SELECT: Final = """
     SELECT k.id, k.person_id, k.digest, k.scopes, k.expires_at, p.is_admin,
+           k.requests_per_minute, k.tokens_per_minute, k.parallel_requests, k.spend_nano_per_day,
+           k.allowed_models,
+           p.requests_per_minute AS account_requests, p.tokens_per_minute AS account_tokens,
+           p.parallel_requests AS account_parallel, p.spend_nano_per_day AS account_spend_nano,
+           p.allowed_models AS account_models,
            k.revoked_at IS NULL AND p.frozen_at IS NULL AS is_live
     FROM api_keys k JOIN people p ON p.id = k.person_id"""
 _ALL: Final = text(f"{_SELECT} WHERE k.revoked_at IS NULL AND p.frozen_at IS NULL")
@@ -61,6 +67,10 @@ class KeyIdentity:
     person_id: UUID
     scopes: frozenset[str]
     expires_unix_s: float | None = None
+    allowance: Allowance = NO_ALLOWANCE
+    """Of this key alone."""
+    account: Allowance = NO_ALLOWANCE
+    """Of all the person's keys together."""
 
     @property
     def identity(self) -> Identity:
@@ -70,7 +80,27 @@ class KeyIdentity:
 def _entry(row: Row[Any]) -> tuple[bytes, KeyIdentity]:
     scopes = frozenset(row.scopes) if row.is_admin else frozenset(row.scopes) - {"admin"}
     expires = None if row.expires_at is None else row.expires_at.timestamp()
-    return bytes(row.digest), KeyIdentity(row.id, row.person_id, scopes, expires)
+    allowance = _allowance(
+        row.requests_per_minute, row.tokens_per_minute, row.parallel_requests, row.spend_nano_per_day,
+        row.allowed_models,
+    )  # fmt: skip
+    account = _allowance(
+        row.account_requests, row.account_tokens, row.account_parallel, row.account_spend_nano,
+        row.account_models,
+    )  # fmt: skip
+    return bytes(row.digest), KeyIdentity(row.id, row.person_id, scopes, expires, allowance, account)
+
+
+def _allowance(
+    requests: int | None,
+    tokens: int | None,
+    parallel: int | None,
+    spend: int | None,
+    models: list[str] | None,
+) -> Allowance:
+    if models is None and requests is tokens is parallel is spend is None:
+        return NO_ALLOWANCE  # the hot path knows it by identity
+    return Allowance(requests, tokens, parallel, spend, None if models is None else frozenset(models))
 
 
 class KeyRing:

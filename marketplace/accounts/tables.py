@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import ARRAY, Boolean, Column, DateTime, ForeignKey, LargeBinary, Table, Text, Uuid, func
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    Table,
+    Text,
+    Uuid,
+    func,
+)
 
 from marketplace.platform.database import metadata
 
@@ -23,6 +36,11 @@ people: Final = Table(
     Column("is_admin", Boolean, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("frozen_at", DateTime(timezone=True)),
+    Column("requests_per_minute", Integer),
+    Column("tokens_per_minute", BigInteger),
+    Column("parallel_requests", Integer),
+    Column("spend_nano_per_day", BigInteger),
+    Column("allowed_models", ARRAY(Text)),
 )
 
 wallets: Final = Table(
@@ -70,4 +88,9 @@ api_keys: Final = Table(
     Column("last_used_at", DateTime(timezone=True)),
     Column("revoked_at", DateTime(timezone=True)),
     Column("expires_at", DateTime(timezone=True)),
+    Column("requests_per_minute", Integer),
+    Column("tokens_per_minute", BigInteger),
+    Column("parallel_requests", Integer),
+    Column("spend_nano_per_day", BigInteger),
+    Column("allowed_models", ARRAY(Text)),
 )

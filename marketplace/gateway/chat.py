@@ -27,11 +27,13 @@ from marketplace.accounts.errors import KeysUnavailable
 from marketplace.fabric.errors import FabricUnavailable, NodeFailed, ProtocolBroken, RequestBroken
 from marketplace.fabric.node_client import AnswerFrame, NodeClient
 from marketplace.gateway import metrics
-from marketplace.gateway.answer import DONE, Answer, ChoiceUnknown, encode, error_event
+from marketplace.gateway.admission import Admission, Reserved
+from marketplace.gateway.answer import DONE, Answer, ChoiceUnknown, UsageOut, encode, error_event
 from marketplace.gateway.billing import BIG_TEXT_BYTES, Billing
 from marketplace.gateway.completions import PATH as COMPLETIONS_PATH
 from marketplace.gateway.completions import CompletionAnswer, parse_completion
-from marketplace.gateway.ports import Keys, LedgerAccounts, ModelFacts, Shelf
+from marketplace.gateway.idempotency import HEADER, Held, Idempotency
+from marketplace.gateway.ports import KeyFacts, Keys, LedgerAccounts, ModelFacts, Shelf
 from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.requests import InferenceRequest, engine_body, parse_chat
 from marketplace.gateway.responder import BuyerGone, Headers, Responder
@@ -42,10 +44,11 @@ from marketplace.ledger.money import Nano, dollars
 from marketplace.ledger.poster import Poster
 from marketplace.metering.counting import PromptRefused, TokenCounter
 from marketplace.metering.settlement import affordable_tokens, hold_for
+from marketplace.platform.allotments import Allotments
 from marketplace.platform.clock import Clock
 from marketplace.platform.http import Refusal
 from marketplace.platform.ids import uuid7
-from marketplace.platform.limits import RateLimits, Rule, client_address
+from marketplace.platform.limits import Rule, SharedLimits, client_address
 from marketplace.routing.choice import (
     NO_PREFERENCES,
     NodeView,
@@ -80,13 +83,15 @@ class ChatService:
         self,
         *,
         keys: Keys,
-        limits: RateLimits,
+        limits: SharedLimits,
+        allotments: Allotments,
         shelf: Shelf[TokenCounter],
         registry: Registry,
         nodes: NodeClient,
         keeper: LeaseKeeper,
         poster: Poster,
         receipts: ReceiptWriter,
+        idempotency: Idempotency,
         accounts: LedgerAccounts,
         clock: Clock,
         secret: bytes,
@@ -94,12 +99,14 @@ class ChatService:
     ) -> None:
         self._keys = keys
         self._limits = limits
+        self._admission = Admission(limits, allotments)
         self._shelf = shelf
         self._registry = registry
         self._nodes = nodes
         self._keeper = keeper
         self._accounts = accounts
         self._clock = clock
+        self._idempotency = idempotency
         self._secret = secret
         self._trusted_proxies = trusted_proxies
         self._billing = Billing(
@@ -120,20 +127,42 @@ class ChatService:
     async def serve(self, responder: Responder) -> None:
         """Answer one request; every way out has an answer in OpenAI's shape."""
         session = Session(uuid7(), self._clock.monotonic())
+        held = Held(responder) if HEADER in responder.headers else None
         self._in_flight += 1
         self._idle.clear()
         metrics.IN_FLIGHT.inc()
         try:
-            await self._serve_guarded(responder, session)
+            try:
+                await self._serve_guarded(held or responder, session)
+            finally:
+                if held is not None:
+                    await self._idempotency.finish(held, session)
         finally:
             if session.hold is not None:
                 self._keeper.release(session.hold)
+            if session.reserved is not None:
+                self._leave(session, session.reserved)
             metrics.IN_FLIGHT.dec()
             metrics.REQUESTS.labels(status=str(session.status)).inc()
             metrics.SECONDS.observe(self._clock.monotonic() - session.started)
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
+
+    def _leave(self, session: Session, reserved: Reserved) -> None:
+        """Give back what the request did not use of its limits; all of it, unless a charge was begun."""
+        usage = session.usage
+        if usage is not None:
+            self._admission.leave(reserved, tokens=usage.total_tokens, nano=usage.cost_nano)
+        elif session.is_charged:
+            self._admission.leave(reserved, tokens=None, nano=None)
+        else:
+            self._admission.leave(reserved, tokens=0, nano=0)
+
+    async def _settle(self, session: Session, *, status: int) -> UsageOut:
+        session.is_charged = True
+        session.usage = await self._billing.settle(session, status=status)
+        return session.usage
 
     async def _serve_guarded(self, responder: Responder, session: Session) -> None:
         try:
@@ -176,7 +205,7 @@ class ChatService:
         refusal = Refusal(503, "gateway_stopping", "this gateway is stopping; try again", retry_after_s=1)
         with contextlib.suppress(LedgerError):  # it is logged, and tried again as far as it can be
             if session.has_streamed and not session.is_recorded:
-                await self._billing.settle(session, status=refusal.status)
+                await self._settle(session, status=refusal.status)
             else:
                 await self._billing.record_refusal(session, status=refusal.status, code=refusal.code)
         self._refuse(responder, session, refusal)
@@ -184,15 +213,16 @@ class ChatService:
     # ---- admission
 
     async def _serve(self, responder: Responder, session: Session) -> None:
-        await self._authenticate(responder, session)
-        assert session.person_id is not None
-        if not responder.is_counted:
-            session.taken = self._limits.take(Rule.CHAT, session.person_id)
-            if not session.taken.allowed:
-                raise session.taken.refusal()
-        session.buyer = await self._accounts.buyer(session.person_id)
+        key = session.key = await self._authenticate(responder, session)
+        session.key_id, session.person_id = key.key_id, key.person_id
+        session.taken, session.reserved = await self._admission.enter(key, is_counted=responder.is_counted)
+        if session.taken is not None and not session.taken.allowed:
+            raise session.taken.refusal()
+        session.buyer = await self._accounts.buyer(key.person_id)
         body = await responder.read_body()
         session.request_sha256 = hashlib.sha256(body).digest()
+        if isinstance(responder, Held) and await self._idempotency.begin(responder, session):
+            return
         is_chat = responder.path != COMPLETIONS_PATH
         request = session.request = parse_chat(body) if is_chat else parse_completion(body)
         session.model = request.model
@@ -214,9 +244,9 @@ class ChatService:
         metrics.ADDED_SECONDS.labels(stage="admission").observe(self._clock.monotonic() - session.started)
         await self._relay(responder, session, request, candidates)
 
-    async def _authenticate(self, responder: Responder, session: Session) -> None:
+    async def _authenticate(self, responder: Responder, session: Session) -> KeyFacts:
         try:
-            session.key_id, session.person_id = await self._key(responder)
+            return await self._key(responder)
         except Refusal as refusal:
             if refusal.status != 401 or responder.is_counted:
                 raise
@@ -227,8 +257,8 @@ class ChatService:
                 raise session.taken.refusal() from None
             raise
 
-    async def _key(self, responder: Responder) -> tuple[UUID, UUID]:
-        """Give (key, person) of the presented key; Refusal 401, or 503 when keys cannot be checked."""
+    async def _key(self, responder: Responder) -> KeyFacts:
+        """Give what the presented key may do; Refusal 401, or 503 when keys cannot be checked."""
         if responder.has_query:
             raise Refusal(
                 400, "query_refused", "this path takes no query string; keys belong in Authorization"
@@ -247,7 +277,7 @@ class ChatService:
             )
         if "inference" not in found.scopes:
             raise Refusal(403, "missing_scope", "this key lacks the scope 'inference'")
-        return found.key_id, found.person_id
+        return found
 
     async def _counter(self, model: ModelFacts) -> TokenCounter:
         try:
@@ -303,7 +333,7 @@ class ChatService:
         price_in = max(node.price_in for node in candidates)
         price_out = max(node.price_out for node in candidates)
         room = min(context, *(node.context for node in candidates)) - session.prompt_longest
-        wanted = request.wanted_tokens or room
+        wanted = asked = request.wanted_tokens or room
         least = min(wanted, max(1, request.min_tokens or 1))
 
         def bound(tokens: int) -> Nano:
@@ -312,6 +342,21 @@ class ChatService:
                 price_in=price_in, price_out=price_out,
             )  # fmt: skip
 
+        def affordable(amount: Nano) -> int:
+            return affordable_tokens(
+                available=amount, prompt_tokens=session.prompt_tokens, choices=request.choices,
+                price_in=price_in, price_out=price_out,
+            )  # fmt: skip
+
+        if session.reserved is not None and session.key is not None:
+            wanted = await self._admission.tokens(
+                session.key, session.reserved, prompt=session.prompt_tokens, wanted=wanted, least=least,
+                choices=request.choices, is_named=request.wanted_tokens is not None,
+            )  # fmt: skip
+            budget = await self._admission.spend(
+                session.key, session.reserved, most=bound(wanted), least=bound(least)
+            )
+            wanted = min(wanted, affordable(budget))
         try:
             session.hold = await self._keeper.authorise(session.buyer, bound(wanted), minimum=bound(least))
         except InsufficientFunds as e:
@@ -320,15 +365,9 @@ class ChatService:
                 f"your available balance is ${dollars(Nano(e.available_nano))}, this request needs at least "
                 f"${dollars(bound(least))}; add funds",
             ) from e  # fmt: skip
-        session.max_tokens = min(
-            wanted,
-            affordable_tokens(
-                available=session.hold.amount, prompt_tokens=session.prompt_tokens, choices=request.choices,
-                price_in=price_in, price_out=price_out,
-            ),
-        )  # fmt: skip
-        if session.max_tokens < wanted:
-            session.clamped_from = wanted
+        session.max_tokens = min(wanted, affordable(session.hold.amount))
+        if session.max_tokens < asked:
+            session.clamped_from = asked
 
     # ---- serving
 
@@ -371,7 +410,7 @@ class ChatService:
                 ) from e  # fmt: skip
             except BuyerGone:
                 if session.answer.has_begun:
-                    await self._billing.settle(session, status=BUYER_LEFT)
+                    await self._settle(session, status=BUYER_LEFT)
                 raise
             await self._finish(responder, session, request)
             return
@@ -454,7 +493,7 @@ class ChatService:
         assert session.answer is not None
         answer = session.answer
         began = self._clock.monotonic()
-        usage = await self._billing.settle(session, status=200)
+        usage = await self._settle(session, status=200)
         metrics.ADDED_SECONDS.labels(stage="charge").observe(self._clock.monotonic() - began)
         if not session.is_stream:
             headers = [*self._headers(session), (b"x-tollway-cost", usage.cost.encode())]
@@ -469,7 +508,7 @@ class ChatService:
 
     async def _end_broken(self, responder: Responder, session: Session) -> None:
         """A node that died in mid-stream: what was delivered is billed, and the buyer is told."""
-        await self._billing.settle(session, status=502)
+        await self._settle(session, status=502)
         refusal = Refusal(502, "node_failed", "the node failed in mid-answer; you pay for what was delivered")
         responder.end(error_event(refusal.body()))
 

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Sequence
 from typing import Protocol, TypeVar
 from uuid import UUID
 
+from marketplace.platform.limits import Allowance
+
 Counter_co = TypeVar("Counter_co", covariant=True)
 
 
@@ -18,6 +20,10 @@ class KeyFacts(Protocol):
     def person_id(self) -> UUID: ...
     @property
     def scopes(self) -> frozenset[str]: ...
+    @property
+    def allowance(self) -> Allowance: ...
+    @property
+    def account(self) -> Allowance: ...
 
 
 class Keys(Protocol):

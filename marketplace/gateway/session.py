@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from marketplace.gateway.answer import Answer
+from marketplace.gateway.admission import Reserved
+from marketplace.gateway.answer import Answer, UsageOut
+from marketplace.gateway.ports import KeyFacts
 from marketplace.gateway.requests import InferenceRequest
 from marketplace.ledger.lease_book import Hold
 from marketplace.metering.counting import TokenCounter
@@ -38,7 +40,12 @@ class Session:
     """Per choice, as the node is told."""
     clamped_from: int | None = None
     """What the buyer wanted, where the balance affords less."""
+    key: KeyFacts | None = None
     taken: Taken | None = None
+    reserved: Reserved | None = None
+    """Taken of the key's and the account's own limits; given back at the end."""
+    usage: UsageOut | None = None
+    """What was billed, once it is."""
     hold: Hold | None = None
     """Ours until a settlement takes it over."""
     decision: Decision | None = None
@@ -50,6 +57,8 @@ class Session:
     """Bytes of an answer have left for the buyer: no other node may take over, no other status be sent."""
     held_back: list[Delta] = field(default_factory=list)
     """The stream's last frames, which wait for the charge's commit."""
+    is_charged: bool = False
+    """A charge was begun."""
     is_recorded: bool = False
     """Its usage row is posted, or on its way."""
     status: int = 0

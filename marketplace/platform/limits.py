@@ -1,8 +1,9 @@
 """Rate limits (R22): how often a person, or an address, may ask.
 
 Windows slide and are exact: in no stretch of `window_s` seconds does a key get more than `requests`.
-Counters live in this process and are bounded in number; N processes allow up to N times as much.
-Time is injected; `RateLimits.take` does no I/O and costs about a microsecond, for the hot path.
+People, and attempts to sign in, are counted over all processes together (`SharedLimits`, over
+`platform.allotments`); other requests by address are counted in each process (`RateLimits`: no I/O, a
+microsecond, bounded in number), where N processes allow up to N times as much.
 
 Who is counted: the person of a credential that works, else the client's address, which is the socket's
 peer unless that peer is a trusted proxy (A84).
@@ -24,6 +25,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from marketplace.platform.allotments import MINUTE_MS, Allotments, AllotmentsUnavailable, Ceiling, Refused
 from marketplace.platform.http import Refusal
 
 COUNTERS_MAX: Final = 20_000
@@ -71,6 +73,20 @@ DEVELOPMENT_LIMITS: Final[Mapping[Rule, Limit]] = MappingProxyType(
     {rule: Limit(100 * limit.requests, limit.window_s) for rule, limit in DEFAULT_LIMITS.items()}
 )
 """For one machine where one address plays every part (the demo, end-to-end tests)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What an account or a key may use; None: no limit of its own."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    parallel_requests: int | None = None
+    spend_nano_per_day: int | None = None
+    models: frozenset[str] | None = None
+
+
+NO_ALLOWANCE: Final = Allowance()
 
 
 class Taken(NamedTuple):
@@ -152,9 +168,54 @@ class RateLimits:
         times.append(now)
         return Taken(True, most, most - used - 1, ceil(times[0] - horizon))
 
+    async def count(self, rule: Rule, key: Hashable) -> Taken:
+        """As `take`; what the middleware calls."""
+        return self.take(rule, key)
+
     def counters(self, rule: Rule) -> int:
         """How many counters `rule` has: at most COUNTERS_MAX."""
         return len(self._counters[rule].times)
+
+
+class SharedLimits:
+    """`RateLimits`, and for people and sign-ins over all processes together."""
+
+    def __init__(
+        self, local: RateLimits, allotments: Allotments, limits: Mapping[Rule, Limit] = DEFAULT_LIMITS
+    ) -> None:
+        self._local = local
+        self._allotments = allotments
+        self._ceilings = {
+            rule: Ceiling(rule.value, limit.requests, limit.window_s * 1000)
+            for rule, limit in ((rule, limits.get(rule, DEFAULT_LIMITS[rule])) for rule in Rule)
+        }
+
+    def take(self, rule: Rule, key: Hashable) -> Taken:
+        """Count a request in this process alone, as `RateLimits.take`."""
+        return self._local.take(rule, key)
+
+    async def count(
+        self, rule: Rule, key: Hashable, requests: int | None = None, *, subject: str | None = None
+    ) -> Taken:
+        """Count one request of `key`; `requests` a minute in place of the rule's own limit.
+
+        Without the database, requests are counted in this process alone.
+        """
+        is_person = isinstance(key, UUID)
+        if not is_person and rule is not Rule.AUTHENTICATION:
+            return self._local.take(rule, key)
+        ceiling = self._ceilings[rule]
+        if requests is not None:
+            ceiling = Ceiling(ceiling.rule, requests, MINUTE_MS)
+        name = subject or (f"person:{key}" if is_person else f"address:{key}")
+        try:
+            grant = self._allotments.take_now(name, ceiling) or await self._allotments.take(name, ceiling)
+        except AllotmentsUnavailable:
+            return self._local.take(rule, key)
+        if isinstance(grant, Refused):
+            return Taken(False, ceiling.units, 0, max(1, grant.wait_s))
+        left, reset_s = self._allotments.left(name, ceiling)
+        return Taken(True, ceiling.units, left, reset_s)
 
 
 def _parse(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -215,7 +276,7 @@ class RateLimitMiddleware:
     def __init__(
         self,
         app: ASGIApp,
-        limits: RateLimits,
+        limits: RateLimits | SharedLimits,
         *,
         trusted_proxies: frozenset[str] = frozenset(),
         person_of: Callable[[str], UUID | None] = lambda _: None,
@@ -230,7 +291,7 @@ class RateLimitMiddleware:
         if rule is None:
             await self._app(scope, receive, send)
             return
-        taken = self._take(rule, scope)
+        taken = await self._take(rule, scope)
         lines = taken.headers()
 
         async def counted(message: Message) -> None:
@@ -246,19 +307,19 @@ class RateLimitMiddleware:
             refusal = taken.refusal()
             await JSONResponse(refusal.body(), refusal.status)(scope, receive, counted)
 
-    def _take(self, rule: Rule, scope: Scope) -> Taken:
+    async def _take(self, rule: Rule, scope: Scope) -> Taken:
         headers = Headers(scope=scope)
         authorization = headers.get("authorization", "")
         person = (
             self._person_of(authorization[7:].strip()) if authorization[:7].lower() == "bearer " else None
         )
         if person is not None and rule is not Rule.AUTHENTICATION:
-            return self._limits.take(rule, person)
+            return await self._limits.count(rule, person)
         client = scope.get("client")
         forwarded = ",".join(headers.getlist("x-forwarded-for")) or None
         address = client_address(client[0] if client else "", forwarded, self._trusted_proxies)
-        taken = self._limits.take(rule, address)
+        taken = await self._limits.count(rule, address)
         if person is not None or not taken.allowed:
             return taken
-        anonymous = self._limits.take(Rule.UNAUTHENTICATED, address)
+        anonymous = await self._limits.count(Rule.UNAUTHENTICATED, address)
         return taken if anonymous.allowed else anonymous

@@ -30,7 +30,11 @@ from gateway_parts import (
 from letters import prompt_tokens
 from sqlalchemy import text
 
-from marketplace.ledger.money import cost, split
+from marketplace.ledger.accounts import buyer as buyer_account
+from marketplace.ledger.accounts import ensure_account
+from marketplace.ledger.money import Nano, cost, split
+from marketplace.ledger.overdrafts import set_limit
+from marketplace.platform.database import transaction
 from marketplace.platform.embedded_nats import EmbeddedNats
 from node_agent import protocol
 from node_agent.protocol import Accepted, ChoiceDelta, Delta, End, Failed, FailureCode, ToolCallDelta
@@ -255,14 +259,15 @@ async def test_a_revoked_key_is_refused_within_five_seconds(gateway: RunningGate
 
 
 async def test_too_many_requests_are_429_with_the_time_to_wait(gateway: RunningGateway) -> None:
-    limits = gateway.process.limits
-    while limits.take("chat", gateway.person).remaining:  # type: ignore[arg-type]
-        pass
+    async with gateway.owner.begin() as connection:
+        await connection.execute(text("UPDATE people SET requests_per_minute = 1"))
+    await gateway.process.keys.refresh()
+    assert (await gateway.chat({**HELLO, "model": "none"})).headers["x-ratelimit-remaining"] == "0"
     answer = await gateway.chat(HELLO)
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert answer.headers["x-ratelimit-remaining"] == "0"
-    assert 0 < int(answer.headers["retry-after"]) <= 60
-    assert await gateway.usage() == []
+    assert 0 < int(answer.headers["retry-after"]) <= 62
+    assert [row["status"] for row in await gateway.usage()] == [404]
 
 
 async def test_no_node_is_503_with_retry_after(gateway: RunningGateway) -> None:
@@ -292,6 +297,9 @@ async def test_max_tokens_is_clamped_to_what_the_balance_affords_and_told(
     async with running_gateway(database_url, nats_server, tmp_path) as gateway:
         node = await gateway.add_node(saying(["1234567"]))
         await gateway.fund(_priced(7))
+        async with transaction(gateway.owner) as connection:  # no overdraft for this buyer
+            account = await ensure_account(connection, buyer_account(str(gateway.person)))
+            await set_limit(connection, account, Nano(0))
         refused = await gateway.chat({**HELLO, "min_tokens": 8})
         assert refused.status_code == 402  # what he insists on does not fit
         answer = await gateway.chat(HELLO)
