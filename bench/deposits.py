@@ -270,7 +270,7 @@ async def many_addresses(reader: EvmReader, blocks: range) -> float:
     )
     assert (len(few.addresses), len(many.addresses)) == (1_000, 1_000_000)
     taken: dict[int, list[float]] = {0: [], 1: []}
-    for turn in range(10):
+    for turn in range(20):
         began = time.perf_counter()
         await reader.blocks(blocks[0], blocks[-1], (few, many)[turn % 2])
         taken[turn % 2].append(time.perf_counter() - began)
@@ -551,7 +551,6 @@ async def main(folder: Path, server: EmbeddedPostgres) -> dict[str, float]:
     try:
         result = await measure_logs(databases)
         result["blocks_per_s"] = round(await measure_empty_blocks(databases))
-        say(f"{result}")
         say(f"{result}")
         result["solana_tx_per_s"] = round(await measure_solana_parsing())
         result["final_to_spendable_p99_s"] = round(await measure_spendable(databases, folder / "chains"), 2)
