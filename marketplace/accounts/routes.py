@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     SecretStr,
     StringConstraints,
+    computed_field,
     model_validator,
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -28,9 +29,12 @@ from marketplace.accounts import api_keys, errors, passwords, people, sessions, 
 from marketplace.accounts.authenticate import AccountAuthenticator, bearer
 from marketplace.accounts.sessions import close_session, open_session
 from marketplace.accounts.tokens import session_digester
+from marketplace.ledger.money import Nano, dollars
+from marketplace.notices import outbox
 from marketplace.platform.database import transaction
 from marketplace.platform.http import (
     AccountIdentity,
+    AdminIdentity,
     Identity,
     Refusal,
     RefusalOut,
@@ -146,9 +150,31 @@ class Proof(_Asked):
         return self
 
 
-class KeyRequest(_Asked):
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class LimitsRequest(_Asked):
+    """Limits of a key, or of an account's keys together; null or absent: none of its own."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1, le=1_000_000)
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=10**12)
+    parallel_requests: int | None = Field(default=None, ge=1, le=100_000)
+    spend_nano_per_day: int | None = Field(
+        default=None, ge=1, le=10**18, description="In any 24 hours, nano-dollars (1 dollar = 10^9)"
+    )
+    allowed_models: list[ModelName] | None = Field(default=None, min_length=1, max_length=100)
+
+
+class KeyRequest(LimitsRequest):
     name: KeyName
     scopes: list[Scope] = Field(default=["inference"], min_length=1, max_length=3)
+    expires_at: AwareDatetime | None = None
+
+
+class KeyChange(LimitsRequest):
+    """What is absent stays as it is; null takes a limit away."""
+
+    name: KeyName | None = None
     expires_at: AwareDatetime | None = None
 
 
@@ -200,6 +226,17 @@ class KeyBody(BaseModel):
     last_used_at: datetime | None
     revoked_at: datetime | None
     expires_at: datetime | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    parallel_requests: int | None
+    spend_nano_per_day: int | None
+    allowed_models: list[str] | None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def spend_per_day(self) -> str | None:
+        """The same in dollars, a decimal string."""
+        return None if self.spend_nano_per_day is None else dollars(Nano(self.spend_nano_per_day))
 
 
 class NewKeyBody(KeyBody):
@@ -360,6 +397,10 @@ async def link_wallet(answer: WalletAnswer, services: ServicesDep, identity: Acc
         raise Refusal(401, "bad_challenge", "this text does not link a wallet to this account")
     async with _work(services) as connection:
         await wallets.link(connection, proved, identity.person_id, services.clock.now())
+        message = f"{proved.address} can now sign in to your account. If it was not you, tell us."
+        await outbox.enqueue(
+            connection, "wallet_linked", identity.person_id, {"message": message}, now=services.clock.now()
+        )
     return await me(services, identity)
 
 
@@ -404,8 +445,7 @@ async def make_key(asked: KeyRequest, services: ServicesDep, identity: AccountId
         raise Refusal(
             403, "scope_not_held", "a key cannot have a scope this credential lacks", param="scopes"
         )
-    if asked.expires_at is not None and asked.expires_at <= services.clock.now():
-        raise Refusal(400, "invalid_request", "expires_at: lies in the past", param="expires_at")
+    _check_expiry(asked.expires_at, services)
     async with _work(services) as connection:
         issued = await api_keys.issue_key(
             connection,
@@ -414,9 +454,54 @@ async def make_key(asked: KeyRequest, services: ServicesDep, identity: AccountId
             name=asked.name,
             scopes=asked.scopes,
             expires_at=asked.expires_at,
+            limits=asked.model_dump(include=set(api_keys.LIMITS)),
         )
     await _tell_key_ring(services)
-    return NewKeyBody(**KeyBody.model_validate(issued.key).model_dump(), key=issued.plaintext)
+    made = KeyBody.model_validate(issued.key).model_dump(exclude={"spend_per_day"})
+    return NewKeyBody(**made, key=issued.plaintext)
+
+
+def _check_expiry(expires_at: datetime | None, services: Services) -> None:
+    if expires_at is not None and expires_at <= services.clock.now():
+        raise Refusal(400, "invalid_request", "expires_at: lies in the past", param="expires_at")
+
+
+@router.patch("/keys/{key_id}", responses=_refused(**_NEEDS_ACCOUNT, s404="No such live key"))
+async def change_key(
+    key_id: UUID, asked: KeyChange, services: ServicesDep, identity: AccountIdentity
+) -> KeyBody:
+    """Change a live key's name, expiry or limits; in force here at once, everywhere within 5 s.
+
+    A key does not change itself, else its limits would be none.
+    """
+    if identity.key_id == key_id:
+        raise Refusal(403, "own_key", "a key cannot change itself; use a session or another key")
+    _check_expiry(asked.expires_at, services)
+    values = asked.model_dump(exclude_unset=True)
+    if values.get("name", "") is None:
+        raise Refusal(400, "invalid_request", "name: a key has one", param="name")
+    async with _work(services) as connection:
+        changed = await api_keys.change_key(connection, identity.person_id, key_id, values)
+    if changed is None:
+        raise Refusal(404, "key_not_found", "you have no such live key")
+    await _tell_key_ring(services)
+    return KeyBody.model_validate(changed)
+
+
+@router.put(
+    "/admin/accounts/{person_id}/limits", status_code=204,
+    responses=_refused(s401="No credential that works", s403="Not an administrator", s404="No such account"),
+)  # fmt: skip
+async def limit_account(
+    person_id: UUID, asked: LimitsRequest, services: ServicesDep, identity: AdminIdentity
+) -> None:
+    """Set what all keys of an account may use together, in place of R22's defaults; null: the default."""
+    del identity
+    async with _work(services) as connection:
+        is_known = await api_keys.limit_account(connection, person_id, asked.model_dump())
+    if not is_known:
+        raise Refusal(404, "person_unknown", "there is no such account")
+    await _tell_key_ring(services)
 
 
 @router.delete("/keys/{key_id}", status_code=204, responses=_refused(**_NEEDS_ACCOUNT, s404="No such key"))
