@@ -31,7 +31,7 @@ from marketplace.settlement.settler import Pace, Settler
 from marketplace.settlement.simulated_rail import SimulatedRail
 from marketplace.settlement.withdrawals import Limits, Withdrawal
 
-LIMITS = Limits(minimum=Nano(10**10), kyc_limit=Nano(5 * 10**11), reserve_s=86_400)
+LIMITS = Limits(minimum=Nano(10**10), reserve_s=86_400)
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 

@@ -29,6 +29,9 @@ _TEXTS: Final[Mapping[str, Message]] = {
     ),
     "payout_address_added": Message("A payout address was added to your account", "{message}"),
     "payout_address_retired": Message("A payout address was removed from your account", "{message}"),
+    "withdrawal_refused": Message("A withdrawal could not be paid", "{message}"),
+    "kyc_decided": Message("Your identity check", "{message}"),
+    "wallet_linked": Message("A wallet was linked to your account", "{message}"),
     "webhook_test": Message("A test of your webhook", "You asked for a test."),
 }
 

@@ -37,6 +37,17 @@ class Environment(StrEnum):
     PRODUCTION = "production"
 
 
+class ReferenceEngine(BaseModel):
+    """An engine of the platform's own that reads answers again (`marketplace.reputation`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    key: SecretStr = SecretStr("")
+    model: str = ""
+    """Its name there; empty = as in the catalogue."""
+
+
 class Settings(BaseSettings):
     """One process's configuration."""
 
@@ -69,8 +80,10 @@ class Settings(BaseSettings):
     """R7: $5.00."""
     withdrawal_nano_min: int = Field(default=10_000_000_000, ge=1)
     """R15: $10.00."""
-    kyc_limit_nano: int = Field(default=500_000_000_000, ge=0)
-    """R16: over $500.00, per withdrawal and cumulative."""
+    overdraft_nano: int = Field(default=1_000_000_000, ge=0, le=50_000_000_000)
+    """R12: what a buyer's last response may lack, $1.00; 0: it ends where the money does."""
+    overdraft_nano_total: int = Field(default=50_000_000_000, ge=0, le=50_000_000_000)
+    """What all buyers together may lack at any moment: $50.00."""
     reserve_s: int = Field(default=DAY_S, ge=0)
     """How long USDC-funded earnings mature."""
     cooling_s: int = Field(default=2 * DAY_S, ge=0)
@@ -81,6 +94,20 @@ class Settings(BaseSettings):
     smtp_url: SecretStr = SecretStr("")
     """`smtp://user:password@host:587` or `smtps://…`; empty = development writes mails to data_dir/mail."""
     mail_from: str = "Tollway <tollway@localhost>"
+
+    stripe_api_key: SecretStr = SecretStr("")
+    """Switches identity checks by Stripe on."""
+    stripe_webhook_secret: SecretStr = SecretStr("")
+    stripe_api_base: str = ""
+    """Empty: Stripe's own address; tests name another."""
+
+    reference_engines: dict[str, ReferenceEngine] = {}
+    """By model; JSON: `{"smollm2": {"url": "http://127.0.0.1:8000", "key": "…"}}`. None: no spot checks."""
+    spot_check_permille: int = Field(default=10, ge=0, le=1000)
+    """Share of answers that are read again at once by the reference engine."""
+    canary_key: SecretStr = SecretStr("")
+    """API key of an account of the platform's that buys canary requests like anybody; empty = none."""
+    canary_every_s: int = Field(default=300, ge=1)
 
     settler_dir: Path = Path("var/settler")
     """Gas keys and the Solana address pool's seed: only the settler's machine has this folder."""
@@ -102,6 +129,8 @@ class Settings(BaseSettings):
     def _refuse_unsafe(self) -> Self:
         if len(self.secret.get_secret_value()) < SECRET_CHARACTERS_MIN:
             raise ValueError(f"TOLLWAY_SECRET needs at least {SECRET_CHARACTERS_MIN} random characters")
+        if self.stripe_api_key.get_secret_value() and not self.stripe_webhook_secret.get_secret_value():
+            raise ValueError("TOLLWAY_STRIPE_WEBHOOK_SECRET is empty: anybody could send Stripe's events")
         if not self.database_url.get_secret_value():
             raise ValueError("TOLLWAY_DATABASE_URL is not set (`tollway up` starts a database and sets it)")
         if self.environment is Environment.PRODUCTION and (

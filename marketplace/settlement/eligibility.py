@@ -5,8 +5,9 @@ rule              satisfied when
 ================  ====================================================================================
 minimum           the amount is at least $10.00 (R15); smaller sums stay in earnings (A48)
 standing          no decision has put the operator in bad standing
-kyc_withdrawal    the amount is at most $500.00, or identity is verified (R16; exactly $500.00 needs none)
-kyc_cumulative    this and all earlier withdrawals together are at most $500.00, or identity is verified:
+kyc_withdrawal    the amount is at most what the person's KYC tier lets out at once (R16: over $500.00 needs a
+                  verified identity; exactly $500.00 needs none)
+kyc_cumulative    this and all earlier withdrawals together are at most what the tier lets out in all:
                   splitting does not evade the limit
 address_unknown   the address is in the person's address book, in use
 address_cooling   the address has been there for the cooling time (A43)
@@ -32,12 +33,14 @@ class Case:
     """Earlier withdrawals that were paid or may still be."""
     bad_standing: str | None
     """Why the operator is not in good standing."""
-    is_kyc_verified: bool
     is_address_known: bool
     address_usable_at: datetime | None
     now: datetime
     minimum: Nano
-    kyc_limit: Nano
+    withdrawal_max: Nano | None
+    """What the person's KYC tier lets out at once; None: no limit."""
+    total_max: Nano | None
+    """The same of all withdrawals together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +79,13 @@ def _standing(case: Case) -> BrokenRule | None:
 
 
 def _kyc(case: Case) -> BrokenRule | None:
-    if case.is_kyc_verified:
-        return None
-    remedy = "verify your identity once, then request again"
-    if case.amount > case.kyc_limit:
-        return BrokenRule(
-            "kyc_withdrawal", f"withdrawals over ${case.kyc_limit} need a verified identity", remedy
-        )
+    remedy = "verify your identity once (POST /api/kyc/checks), then request again"
+    if case.withdrawal_max is not None and case.amount > case.withdrawal_max:
+        message = f"withdrawals over ${case.withdrawal_max} need a verified identity"
+        return BrokenRule("kyc_withdrawal", message, remedy)
     total = case.withdrawn_before + case.amount
-    if total > case.kyc_limit:
-        message = f"withdrawals of ${total} in all, over ${case.kyc_limit}, need a verified identity"
+    if case.total_max is not None and total > case.total_max:
+        message = f"withdrawals of ${total} in all, over ${case.total_max}, need a verified identity"
         return BrokenRule("kyc_cumulative", message, remedy)
     return None
 

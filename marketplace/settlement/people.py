@@ -1,4 +1,4 @@
-"""What decides whether a person may be paid: standing and KYC.
+"""Whether a person is in good standing.
 
 Each decision is a row with actor and reason; the newest counts, the older ones are the journal.
 """
@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.settlement.errors import NotFound
-from marketplace.settlement.tables import kyc, standings
+from marketplace.settlement.tables import standings
 
 REASON_CHARACTERS_MAX: Final = 1000
 
@@ -30,23 +30,6 @@ async def set_standing(
         await conn.execute(row)
     except IntegrityError as e:
         raise NotFound(f"there is no person {person}") from e
-
-
-async def set_kyc(
-    conn: AsyncConnection, *, person: UUID, is_verified: bool, reason: str, actor: str, now: datetime
-) -> None:
-    """Record the outcome of an identity check; NotFound if there is no such person."""
-    row = insert(kyc).values(person_id=person, is_verified=is_verified, reason=reason, actor=actor, at=now)
-    try:
-        await conn.execute(row)
-    except IntegrityError as e:
-        raise NotFound(f"there is no person {person}") from e
-
-
-async def is_kyc_verified(conn: AsyncConnection, person: UUID) -> bool:
-    """The newest decision; nobody is verified without one."""
-    statement = select(kyc.c.is_verified).where(kyc.c.person_id == person).order_by(kyc.c.id.desc()).limit(1)
-    return bool(await conn.scalar(statement))
 
 
 async def bad_standings(conn: AsyncConnection, persons: Collection[UUID]) -> dict[UUID, str]:

@@ -37,6 +37,7 @@ from marketplace.ledger.accounts import Account, ensure_account, read_balance
 from marketplace.ledger.holds import release_all
 from marketplace.ledger.money import Nano, from_micro
 from marketplace.ledger.posting import lock_balances, post_transfers
+from marketplace.notices import outbox
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.platform.ids import uuid7
@@ -305,6 +306,11 @@ async def _fail(conn: AsyncConnection, candidate: Candidate, reason: str, now: d
         .where(withdrawals.c.id == candidate.withdrawal_id)
         .values(status=Status.FAILED.value, hold_id=None, refusal=reason[:1000], changed_at=now)
     )
+    message = (
+        f"Your withdrawal of {candidate.amount} USDC to {candidate.address} cannot be paid: {reason}. "
+        "The money is in your earnings; request it again when the reason is gone."
+    )
+    await outbox.enqueue(conn, "withdrawal_refused", candidate.person_id, {"message": message}, now=now)
 
 
 async def _freeze(

@@ -36,6 +36,7 @@ from marketplace.settlement import (
     batches,
     earnings,
     halts,
+    kyc,
     people,
     plan_requests,
     signing,
@@ -51,10 +52,12 @@ from marketplace.settlement.errors import (
     SettlementRefusal,
     WrongState,
 )
+from marketplace.settlement.kyc_routes import router as kyc_router
 from marketplace.settlement.public_routes import router as public_router
 from marketplace.settlement.sanctions import Sanctioned
 
 router = APIRouter(prefix="/api")
+router.include_router(kyc_router)  # before /kyc/{person}, which would take its paths
 
 _AMOUNT: Final = re.compile(r"\d{1,12}(\.\d{1,6})?", re.ASCII)
 """No exponents, no signs: what cannot be large needs no further limit."""
@@ -491,11 +494,11 @@ class ApprovalBody(BaseModel):
 
 
 class KycBody(BaseModel):
-    """The outcome of an identity check."""
+    """What an admin found when he looked at somebody's papers himself."""
 
     model_config = ConfigDict(extra="forbid")
 
-    is_verified: bool = True
+    tier: Annotated[str, Field(pattern=r"^[a-z_]{1,30}$")] = kyc.IDENTITY
     reason: Reason
 
 
@@ -631,14 +634,16 @@ async def push_approval(
         return BatchBody.of(await batches.find_batch(conn, batch_id))
 
 
-@router.post("/kyc/{person}", status_code=204, responses=_errors(s404="no such person"), tags=["settlement"])
+@router.post(
+    "/kyc/{person}", status_code=204, responses=_errors(s404="no such person or tier"), tags=["settlement"]
+)
 async def decide_kyc(services: ServicesDep, identity: AdminIdentity, person: UUID, body: KycBody) -> None:
-    """Record the outcome of an identity check."""
+    """Give somebody a KYC tier after a manual review (`none` takes it away); a row with actor and reason."""
     async with _work(services) as conn:
-        await people.set_kyc(
+        await kyc.decide(
             conn,
             person=person,
-            is_verified=body.is_verified,
+            tier=body.tier,
             reason=body.reason,
             actor=_actor(identity),
             now=services.clock.now(),

@@ -53,10 +53,36 @@ kyc: Final = Table(
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("person_id", Uuid, nullable=False),
-    Column("is_verified", Boolean, nullable=False),
+    Column("tier", Text, nullable=False),
     Column("reason", Text, nullable=False),
     Column("actor", Text, nullable=False),
     Column("at", _AT, nullable=False),
+)
+
+kyc_tiers: Final = Table(
+    "kyc_tiers",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("tier", Text, nullable=False),
+    Column("withdrawal_micro_max", BigInteger),
+    Column("total_micro_max", BigInteger),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", _AT, nullable=False),
+)
+
+identity_checks: Final = Table(
+    "identity_checks",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("person_id", Uuid, nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("session", Text),
+    Column("url", Text),
+    Column("status", Text, nullable=False),
+    Column("reason", Text, nullable=False, server_default=""),
+    Column("created_at", _AT, nullable=False),
+    Column("changed_at", _AT, nullable=False),
 )
 
 payout_halts: Final = Table(

@@ -25,7 +25,7 @@ from marketplace.ledger.holds import hold, release
 from marketplace.ledger.money import Nano, from_micro, to_micro
 from marketplace.platform.ids import uuid7
 from marketplace.platform.settings import Settings
-from marketplace.settlement import address_book, people
+from marketplace.settlement import address_book, kyc, people
 from marketplace.settlement.earnings import lock_earnings
 from marketplace.settlement.eligibility import BrokenRule, Case, broken_rules
 from marketplace.settlement.errors import KeyReused, NotEligible, NotFound, WrongState
@@ -55,12 +55,11 @@ class Limits:
     """The numbers the rules compare with."""
 
     minimum: Nano
-    kyc_limit: Nano
     reserve_s: int
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        return cls(Nano(settings.withdrawal_nano_min), Nano(settings.kyc_limit_nano), settings.reserve_s)
+        return cls(Nano(settings.withdrawal_nano_min), settings.reserve_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,17 +203,18 @@ async def _case(
         withdrawals.c.person_id == person, withdrawals.c.status.in_([s.value for s in COUNTED])
     )
     before = int(await conn.scalar(counted) or 0)
+    tier = await kyc.tier_of(conn, person)
     return Case(
         amount=from_micro(amount.n),
         matured=matured,
         withdrawn_before=from_micro(before),
         bad_standing=(await people.bad_standings(conn, [person])).get(person),
-        is_kyc_verified=await people.is_kyc_verified(conn, person),
         is_address_known=entry is not None,
         address_usable_at=None if entry is None else entry.usable_at,
         now=now,
         minimum=limits.minimum,
-        kyc_limit=limits.kyc_limit,
+        withdrawal_max=tier.withdrawal_max,
+        total_max=tier.total_max,
     )
 
 

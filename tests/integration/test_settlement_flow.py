@@ -24,6 +24,7 @@ from marketplace.settlement import (
     address_book,
     batches,
     halts,
+    kyc,
     people,
     plan_requests,
     signing,
@@ -320,7 +321,7 @@ async def test_kyc_counts_everything_not_given_up(desk: Desk) -> None:
         await desk.request(ann, 10, "c")
     assert refused.value.code == "kyc_cumulative"
     async with transaction(desk.engine) as conn:
-        await people.set_kyc(conn, person=ann, is_verified=True, reason="passport seen", actor="ada", now=NOW)
+        await kyc.decide(conn, person=ann, tier="identity", reason="passport seen", actor="ada", now=NOW)
     await desk.request(ann, 501, "d")
 
 

@@ -14,7 +14,7 @@ from chain.payouts import Payout
 from chain.units import Micro
 from marketplace.ledger.money import Nano
 from marketplace.platform.database import transaction
-from marketplace.settlement import batches, payout_rules, people, sanctions, statement, treasury
+from marketplace.settlement import batches, kyc, payout_rules, sanctions, statement, treasury
 from marketplace.settlement.digest import is_included, merkle_proof
 from marketplace.settlement.errors import PlanRefused
 from marketplace.settlement.payout_rules import PayoutRules
@@ -38,8 +38,8 @@ async def cover(desk: Desk) -> Cover:
 
 async def verify(desk: Desk, person: UUID) -> None:
     async with transaction(desk.engine) as conn:
-        await people.set_kyc(
-            conn, person=person, is_verified=True, reason="passport seen", actor="bo", now=desk.clock.now()
+        await kyc.decide(
+            conn, person=person, tier="identity", reason="passport seen", actor="bo", now=desk.clock.now()
         )
 
 

@@ -23,12 +23,12 @@ GOOD = Case(
     matured=usd(20_00),
     withdrawn_before=Nano(0),
     bad_standing=None,
-    is_kyc_verified=False,
     is_address_known=True,
     address_usable_at=NOW,
     now=NOW,
     minimum=usd(10_00),
-    kyc_limit=usd(500_00),
+    withdrawal_max=usd(500_00),
+    total_max=usd(500_00),
 )
 RICH = replace(GOOD, matured=usd(10_000_00))
 
@@ -50,10 +50,10 @@ def rules(case: Case) -> list[str]:
         (replace(GOOD, address_usable_at=NOW + timedelta(microseconds=1)), ["address_cooling"]),
         (replace(RICH, amount=usd(500_00)), []),  # exactly $500.00 needs none
         (replace(RICH, amount=Nano(usd(500_00).n + MICRO)), ["kyc_withdrawal"]),
-        (replace(RICH, amount=Nano(usd(500_00).n + MICRO), is_kyc_verified=True), []),
+        (replace(RICH, amount=Nano(usd(500_00).n + MICRO), withdrawal_max=None, total_max=None), []),
         (replace(RICH, amount=usd(100_00), withdrawn_before=usd(400_00)), []),
         (replace(RICH, amount=usd(100_00), withdrawn_before=Nano(usd(400_00).n + MICRO)), ["kyc_cumulative"]),
-        (replace(RICH, amount=usd(100_00), withdrawn_before=usd(9_000_00), is_kyc_verified=True), []),
+        (replace(RICH, amount=usd(100_00), withdrawn_before=usd(9_000_00), total_max=None), []),
         (
             replace(GOOD, amount=usd(5_00), matured=usd(1_00), bad_standing="x", is_address_known=False),
             ["minimum", "standing", "address_unknown", "earnings"],
