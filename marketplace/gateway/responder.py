@@ -41,15 +41,28 @@ def body_too_slow() -> Refusal:
 class Responder(Protocol):
     """One request's way back to its buyer."""
 
-    path: bytes
-    """What was asked, without its query string."""
-    peer: str
-    """Address of the other end of the socket."""
-    has_query: bool
-    is_gone: bool
-    """The buyer has closed the connection."""
-    is_counted: bool
-    """Somebody before us has counted this request against its caller's rate limit."""
+    @property
+    def peer(self) -> str:
+        """Address of the other end of the socket."""
+        ...
+
+    @property
+    def path(self) -> bytes:
+        """What was asked, without its query string."""
+        ...
+
+    @property
+    def has_query(self) -> bool: ...
+
+    @property
+    def is_gone(self) -> bool:
+        """The buyer has closed the connection."""
+        ...
+
+    @property
+    def is_counted(self) -> bool:
+        """Somebody before us has counted this request against its caller's rate limit."""
+        ...
 
     @property
     def headers(self) -> Mapping[bytes, bytes]:

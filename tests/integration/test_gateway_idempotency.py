@@ -1,0 +1,196 @@
+"""Idempotency keys on a real gateway: sent twice, served once, billed once (B9)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gateway_parts import (
+    DOLLAR,
+    HELLO,
+    STREAM,
+    RunningGateway,
+    StubNode,
+    running_gateway,
+    said,
+    saying,
+    whole,
+)
+from sqlalchemy import text
+
+from marketplace.gateway import idempotency
+from marketplace.platform.embedded_nats import EmbeddedNats
+from node_agent import protocol
+from node_agent.protocol import Accepted, Delta, Failed, FailureCode
+
+KEY = {"Idempotency-Key": "order-1"}
+
+
+@pytest.fixture
+async def gateway(
+    database_url: str, nats_server: EmbeddedNats, tmp_path: Path
+) -> AsyncIterator[RunningGateway]:
+    async with running_gateway(database_url, nats_server, tmp_path) as running:
+        await running.fund(10 * DOLLAR)
+        yield running
+
+
+async def _charged(gateway: RunningGateway) -> list[int]:
+    return [row["cost_nano"] for row in await gateway.usage() if row["cost_nano"]]
+
+
+def _code(answer: httpx.Response) -> str:
+    code: str = answer.json()["error"]["code"]
+    return code
+
+
+@pytest.mark.parametrize("body", [HELLO, STREAM], ids=["whole", "stream"])
+async def test_a_repeated_request_gets_the_first_answer_to_the_byte(
+    gateway: RunningGateway, body: dict[str, Any]
+) -> None:
+    node = await gateway.add_node(saying(["Hello", " there", "!"]))
+    first = await gateway.chat(body, **KEY)
+    again = await gateway.chat(body, **KEY)
+    assert first.status_code == again.status_code == 200
+    assert again.content == first.content
+    assert again.headers["content-type"] == first.headers["content-type"]
+    assert again.headers["x-tollway-request-id"] == first.headers["x-tollway-request-id"]
+    assert again.headers["idempotent-replayed"] == "true"
+    assert "idempotent-replayed" not in first.headers
+    assert len(node.requests) == 1
+    assert len(await gateway.usage()) == 1
+    await gateway.assert_proved()
+
+
+async def test_without_a_key_or_with_another_each_request_is_its_own(gateway: RunningGateway) -> None:
+    node = await gateway.add_node(saying(["Hello"]))
+    for headers in ({}, {}, KEY, {"Idempotency-Key": "order-2"}):
+        assert (await gateway.chat(HELLO, **headers)).status_code == 200
+    assert len(node.requests) == 4
+
+
+async def test_a_request_sent_while_the_first_runs_waits_for_its_answer(gateway: RunningGateway) -> None:
+    node = await gateway.add_node(saying(["Hello", " there"], pause_s=0.3))
+    first, second = await asyncio.gather(gateway.chat(HELLO, **KEY), gateway.chat(HELLO, **KEY))
+    assert first.content == second.content
+    assert len(node.requests) == 1
+    assert len(await _charged(gateway)) == 1
+
+
+async def test_who_waits_too_long_is_told_to_come_again(gateway: RunningGateway) -> None:
+    gateway.process.idempotency._wait_s = 0.3
+    await gateway.add_node(saying(["Hello", " there"], pause_s=0.5))
+    first = asyncio.create_task(gateway.chat(HELLO, **KEY))
+    await asyncio.sleep(0.1)
+    second = await gateway.chat(HELLO, **KEY)
+    assert (second.status_code, _code(second)) == (409, "idempotency_in_progress")
+    assert second.headers["retry-after"]
+    assert (await first).status_code == 200
+
+
+async def test_a_refusal_frees_the_key(gateway: RunningGateway) -> None:
+    assert (await gateway.chat(HELLO, **KEY)).status_code == 503  # no node yet
+    await gateway.add_node(saying(["Hello"]))
+    answer = await gateway.chat(HELLO, **KEY)
+    assert answer.status_code == 200
+    assert "idempotent-replayed" not in answer.headers
+
+
+async def test_an_answer_cut_short_is_told_and_not_billed_again(gateway: RunningGateway) -> None:
+    async def dies(node: StubNode, request: protocol.Request, reply: str) -> None:
+        await node.send(reply, Accepted(0))
+        await node.send(reply, Delta(1, [said("abc")]))
+        await node.send(reply, Failed(2, FailureCode.ENGINE_DOWN, "gone", is_retriable=True))
+
+    node = await gateway.add_node(dies)
+    assert "node_failed" in (await gateway.chat(STREAM, **KEY)).text
+    (row,) = await gateway.usage()
+    again = await gateway.chat(STREAM, **KEY)
+    assert (again.status_code, _code(again)) == (409, "idempotency_response_lost")
+    assert row["id"] in again.json()["error"]["message"]
+    assert len(node.requests) == 1
+    assert len(await _charged(gateway)) == 1
+
+
+async def test_a_charge_whose_answer_could_not_be_kept_is_not_repeated(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway dies between charge and keeping: the claim lapses, and the charge is found."""
+    node = await gateway.add_node(saying(["Hello"]))
+
+    async def nothing(*_: object) -> None:
+        """What a dead gateway does."""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(idempotency.Idempotency, "_end", nothing)
+        await gateway.chat(HELLO, **KEY)
+    await _let_claims_lapse(gateway)
+    again = await gateway.chat(HELLO, **KEY)
+    assert (again.status_code, _code(again)) == (409, "idempotency_response_lost")
+    assert len(node.requests) == 1
+    assert len(await _charged(gateway)) == 1
+
+
+async def _let_claims_lapse(gateway: RunningGateway) -> None:
+    gateway.process.idempotency._running.clear()
+    async with gateway.owner.begin() as connection:
+        await connection.execute(text("UPDATE idempotency SET alive_until = now() - interval '1 second'"))
+
+
+async def test_who_takes_over_from_a_dead_gateway_keeps_the_request_id(gateway: RunningGateway) -> None:
+    """So that the two together cannot charge twice: the request's id is the charge's key."""
+    node = await gateway.add_node(saying(["Hello"], pause_s=0.6))
+    ghost = asyncio.create_task(gateway.chat(HELLO, **KEY))
+    await asyncio.sleep(0.3)
+    await _let_claims_lapse(gateway)
+    # The first is still at work: as seen from here, a gateway that was paused and lives again.
+    gateway.process.idempotency._owner = idempotency.uuid7()
+    await gateway.add_node(saying(["Hello"], pause_s=0.6))
+    async with gateway.owner.begin() as connection:
+        (first_id,) = (await connection.execute(text("SELECT request_id FROM idempotency"))).one()
+    second = asyncio.create_task(gateway.chat(HELLO, **KEY))
+    await asyncio.gather(ghost, second)
+    assert {request.id for node in gateway.nodes for request in node.requests} == {first_id.hex}
+    assert len(node.requests) >= 1
+    assert len(await _charged(gateway)) == 1
+    await gateway.assert_proved()
+
+
+async def test_kept_answers_have_an_end_and_a_limit(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await gateway.add_node(whole(said("abc", finish="stop")))
+    assert (await gateway.chat(HELLO, **KEY)).status_code == 200
+    monkeypatch.setattr(idempotency, "BUYER_BYTES_MAX", 10)
+    other = {"Idempotency-Key": "order-2"}
+    assert (await gateway.chat(HELLO, **other)).status_code == 200
+    assert _code(await gateway.chat(HELLO, **other)) == "idempotency_response_lost"
+    async with gateway.owner.begin() as connection:
+        await connection.execute(text("UPDATE idempotency SET expires_at = now() - interval '1 second'"))
+    assert (await gateway.chat(HELLO, **KEY)).status_code == 200  # a day later it is a new request
+    assert len(node.requests) == 3
+    assert await idempotency.drop_expired(gateway.process.engine) == 1
+
+
+async def test_keys_are_visible_characters(gateway: RunningGateway) -> None:
+    for key in ("x" * 256, "a b", ""):
+        answer = await gateway.chat(HELLO, **{"Idempotency-Key": key})
+        assert (answer.status_code, _code(answer)) == (400, "invalid_idempotency_key")
+
+
+async def test_a_stream_the_buyer_left_is_told_as_cut_short(gateway: RunningGateway) -> None:
+    await gateway.add_node(saying(["a"] * 40, pause_s=0.05))
+    async with (
+        httpx.AsyncClient(base_url=gateway.url, headers={**gateway.headers, **KEY}) as http,
+        http.stream("POST", "/v1/chat/completions", content=json.dumps(STREAM)) as answer,
+    ):
+        async for _ in answer.aiter_lines():
+            break
+    assert (await gateway.only_row())["status"] == 499
+    again = await gateway.chat(STREAM, **KEY)
+    assert (again.status_code, _code(again)) == (409, "idempotency_response_lost")
