@@ -28,6 +28,7 @@ from marketplace.billing.routes import open_door
 from marketplace.billing.routes import router as stripe_router
 from marketplace.catalog.models import TokenizerFiles
 from marketplace.catalog.prices import PriceBook
+from marketplace.catalog.routes import router as catalog_router
 from marketplace.catalog.shelf import Shelf
 from marketplace.deposits.routes import router as deposits_router
 from marketplace.fabric.requirement_routes import router as requirement_router
@@ -38,6 +39,7 @@ from marketplace.gateway.hot_route import protocol_for
 from marketplace.gateway.idempotency import Idempotency
 from marketplace.gateway.ledger_accounts import RememberedAccounts
 from marketplace.gateway.openapi import router as chat_router
+from marketplace.gateway.quote import router as quote_router
 from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.routes import router as gateway_router
 from marketplace.ledger.lease_keeper import LeaseKeeper
@@ -59,6 +61,7 @@ from marketplace.platform.limits import (
     SharedLimits,
 )
 from marketplace.platform.settings import Settings, load_chains
+from marketplace.routing.replay import DecisionLog
 from marketplace.routing.service import FabricService
 from marketplace.settlement.kyc import record as record_identity_check
 from marketplace.settlement.routes import router as settlement_router
@@ -98,6 +101,11 @@ class Gateway:
         rules = DEVELOPMENT_LIMITS if settings.is_development else DEFAULT_LIMITS
         self.allotments = Allotments(self.engine, self.clock.monotonic)
         self.limits = SharedLimits(RateLimits(self.clock.monotonic, rules), self.allotments, rules)
+        self.decisions = (
+            DecisionLog(settings.decision_log, every=settings.decision_log_every)
+            if settings.decision_log is not None
+            else None
+        )
         self.chat = ChatService(
             keys=self.keys,
             limits=self.limits,
@@ -113,6 +121,7 @@ class Gateway:
             clock=self.clock,
             secret=settings.secret.get_secret_value().encode(),
             trusted_proxies=settings.trusted_proxies,
+            decisions=self.decisions,
         )
         self.app = self._make_app()
 
@@ -140,7 +149,8 @@ class Gateway:
         app.state.identity_provider = None if app.state.stripe is None else app.state.stripe.identity
         install_error_handlers(app)
         for router in (
-            chat_router, gateway_router, accounts_router, deposits_router, fabric_router, settlement_router,
+            chat_router, quote_router, catalog_router, gateway_router, accounts_router,
+            deposits_router, fabric_router, settlement_router,
             notices_router, requirement_router, stripe_router,
         ):  # fmt: skip
             app.include_router(router)
@@ -194,6 +204,8 @@ class Gateway:
             stack.push_async_callback(self.keys.stop)
             await self.shelf.start()
             stack.push_async_callback(self.shelf.stop)
+            if self.decisions is not None:
+                stack.callback(self.decisions.close)
             await self.allotments.start()
             stack.push_async_callback(self.allotments.stop)
             await self.keeper.start()

@@ -27,6 +27,7 @@ from marketplace.cli_deposits import deposits_app
 from marketplace.platform.errors import PlatformError, SetupFault
 from marketplace.platform.logging import configure_logging
 from marketplace.platform.settings import Settings, load_settings
+from marketplace.routing.commands import route_app
 
 app = typer.Typer(
     help="A marketplace for LLM inference that settles on chain.",
@@ -38,7 +39,7 @@ models_app = typer.Typer(help="The catalogue of models.", no_args_is_help=True)
 ledger_app = typer.Typer(help="Look into the book.", no_args_is_help=True)
 keystore_app = typer.Typer(help="A signer's keys.", no_args_is_help=True)
 for name, group in (
-    ("deposits", deposits_app),
+    ("deposits", deposits_app), ("route", route_app),
     ("batch", batch_app), ("models", models_app), ("ledger", ledger_app), ("keystore", keystore_app),
 ):  # fmt: skip
     app.add_typer(group, name=name)
@@ -311,6 +312,30 @@ def models_add(
 # ---- settlement
 
 
+@models_app.command("alias")
+def models_alias(
+    alias: Annotated[str, typer.Argument(help="What buyers may ask for.")],
+    models: Annotated[list[str] | None, typer.Argument(help="Tried in this order; none: forget it.")] = None,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Let a name stand for models, the first that can serve just now."""
+    from marketplace.catalog.aliases import drop_alias, set_alias
+    from marketplace.catalog.models import CatalogError
+    from marketplace.platform.database import transaction
+
+    async def change(engine: Any, *_: Any) -> None:
+        try:
+            async with transaction(engine) as connection:
+                if models:
+                    await set_alias(connection, alias, models)
+                elif not await drop_alias(connection, alias):
+                    raise CatalogError(f"no alias is named {alias}")
+        except CatalogError as e:
+            raise SetupFault(str(e)) from e
+
+    _with_book(data_dir, change)
+
+
 def _with_book(data_dir: Path, work: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
     """Run `work(engine, chains, clock)` on the book."""
     from marketplace.platform import database
@@ -432,9 +457,10 @@ def batch_approve(
 def batch_status(data_dir: DataDir = DEFAULT_STACK, as_json: Json = False) -> None:
     """Per chain: the batch under way, halts, the escrow's cover; exit code 1 if S3 is broken."""
     from marketplace.settlement import commands
+    from marketplace.settlement.earnings import Reserve
 
-    reserve_s = _settings_or_exit(data_dir).reserve_s
-    found = _with_book(data_dir, lambda engine, _, clock: commands.status(engine, clock, reserve_s))
+    reserve = Reserve.of(_settings_or_exit(data_dir))
+    found = _with_book(data_dir, lambda engine, _, clock: commands.status(engine, clock, reserve))
     if as_json:
         print(json.dumps(found))
     else:

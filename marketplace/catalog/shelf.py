@@ -10,6 +10,7 @@ from typing import Final, Generic, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from marketplace.catalog.aliases import list_aliases
 from marketplace.catalog.models import Model, TokenizerFiles, list_models, load_tokenizer
 
 REFRESH_S: Final = 3
@@ -28,6 +29,7 @@ class Shelf(Generic[Counter]):
         self._engine = engine
         self._build = build
         self._models: dict[str, Model] = {}
+        self._aliases: dict[str, tuple[str, ...]] = {}
         self._counters: dict[str, asyncio.Task[Counter]] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -44,6 +46,7 @@ class Shelf(Generic[Counter]):
     async def refresh(self) -> None:
         async with self._engine.connect() as connection:
             self._models = {model.name: model for model in await list_models(connection)}
+            self._aliases = await list_aliases(connection)
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -55,6 +58,13 @@ class Shelf(Generic[Counter]):
 
     def model(self, name: str) -> Model | None:
         return self._models.get(name)
+
+    def resolve(self, name: str) -> list[Model]:
+        """Give the model of this name, or those an alias stands for, in order; empty if there is neither."""
+        model = self._models.get(name)
+        if model is not None:
+            return [model]
+        return [self._models[one] for one in self._aliases.get(name, ()) if one in self._models]
 
     def models(self) -> list[Model]:
         return list(self._models.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Column,
     DateTime,
@@ -38,6 +39,14 @@ models: Final = Table(
     Column("tokenizer_sha256", Text, ForeignKey("tokenizers.sha256"), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("retired_at", DateTime(timezone=True)),
+)
+
+model_aliases: Final = Table(
+    "model_aliases",
+    metadata,
+    Column("alias", Text, primary_key=True),
+    Column("models", ARRAY(Text), nullable=False),
+    Column("changed_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
 
 price_versions: Final = Table(

@@ -27,13 +27,14 @@ from marketplace.accounts.errors import KeysUnavailable
 from marketplace.fabric.errors import FabricUnavailable, NodeFailed, ProtocolBroken, RequestBroken
 from marketplace.fabric.node_client import AnswerFrame, NodeClient
 from marketplace.gateway import metrics
-from marketplace.gateway.admission import Admission, Reserved
+from marketplace.gateway.admission import Admission, Reserved, may_use
 from marketplace.gateway.answer import DONE, Answer, ChoiceUnknown, UsageOut, encode, error_event
 from marketplace.gateway.billing import BIG_TEXT_BYTES, Billing
 from marketplace.gateway.completions import PATH as COMPLETIONS_PATH
 from marketplace.gateway.completions import CompletionAnswer, parse_completion
 from marketplace.gateway.idempotency import HEADER, Held, Idempotency
 from marketplace.gateway.ports import KeyFacts, Keys, LedgerAccounts, ModelFacts, Shelf
+from marketplace.gateway.quote import Quote, quote_for
 from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.requests import InferenceRequest, engine_body, parse_chat
 from marketplace.gateway.responder import BuyerGone, Headers, Responder
@@ -49,6 +50,7 @@ from marketplace.platform.clock import Clock
 from marketplace.platform.http import Refusal
 from marketplace.platform.ids import uuid7
 from marketplace.platform.limits import Rule, SharedLimits, client_address
+from marketplace.routing.affinity import Affinity
 from marketplace.routing.choice import (
     NO_PREFERENCES,
     NodeView,
@@ -59,6 +61,7 @@ from marketplace.routing.choice import (
     summary,
 )
 from marketplace.routing.registry import Outcome, Registry
+from marketplace.routing.replay import DecisionLog
 from node_agent.protocol import VERSION, WALL_MS_MAX, Delta, End, FailureCode, Request
 
 _log = logging.getLogger(__name__)
@@ -74,6 +77,10 @@ BUYER_LEFT: Final = 499
 ENGINE_WORDS_MAX: Final = 300
 DRAIN_S_MAX: Final = 10
 SPEED_TOKENS_MIN: Final = 16
+
+
+class CannotServeNow(Refusal):
+    """This model cannot take this request just now; an alias's next one may."""
 
 
 class ChatService:
@@ -96,6 +103,7 @@ class ChatService:
         clock: Clock,
         secret: bytes,
         trusted_proxies: frozenset[str] = frozenset(),
+        decisions: DecisionLog | None = None,
     ) -> None:
         self._keys = keys
         self._limits = limits
@@ -109,6 +117,8 @@ class ChatService:
         self._idempotency = idempotency
         self._secret = secret
         self._trusted_proxies = trusted_proxies
+        self._decisions = decisions
+        self._affinity = Affinity()
         self._billing = Billing(
             poster=poster, keeper=keeper, receipts=receipts, accounts=accounts, clock=clock
         )
@@ -226,20 +236,13 @@ class ChatService:
         is_chat = responder.path != COMPLETIONS_PATH
         request = session.request = parse_chat(body) if is_chat else parse_completion(body)
         session.model = request.model
-        model = self._shelf.model(request.model)
-        if model is None:
-            raise Refusal(404, "model_not_found", f"no model is named {request.model!r}", param="model")
-        session.counter = await self._counter(model)
-        request.disarm(session.counter)
-        counts = await self._count_prompts(session.counter, request, is_big=len(body) > BIG_TEXT_BYTES)
-        session.prompt_tokens, session.prompt_longest = sum(counts), max(counts)
-        _check_context(session, request, model)
+        session.beginning = self._affinity.beginning(key.person_id, request.model, body)
         if not self._billing.is_ready:
             raise Refusal(
                 503, "ledger_unavailable", "billing is briefly unavailable; try again",
                 retry_after_s=LEDGER_RETRY_AFTER_S,
             )  # fmt: skip
-        candidates = self._choose(session, request)
+        model, candidates = await self._place(session, request, is_big=len(body) > BIG_TEXT_BYTES)
         await self._authorise(session, request, candidates, model.context)
         metrics.ADDED_SECONDS.labels(stage="admission").observe(self._clock.monotonic() - session.started)
         await self._relay(responder, session, request, candidates)
@@ -279,12 +282,46 @@ class ChatService:
             raise Refusal(403, "missing_scope", "this key lacks the scope 'inference'")
         return found
 
+    async def _place(
+        self, session: Session, request: InferenceRequest, *, is_big: bool
+    ) -> tuple[ModelFacts, Sequence[NodeView]]:
+        """Find the model and the nodes to ask: of an alias, the first model that can be served just now."""
+        *others, last = self._models(session, request)
+        for model in others:
+            with contextlib.suppress(CannotServeNow):
+                return model, await self._place_on(model, session, request, is_big=is_big)
+        return last, await self._place_on(last, session, request, is_big=is_big)
+
+    def _models(self, session: Session, request: InferenceRequest) -> Sequence[ModelFacts]:
+        named = self._shelf.resolve(request.model)
+        if not named:
+            raise Refusal(404, "model_not_found", f"no model is named {request.model!r}", param="model")
+        key = session.key
+        allowed = [
+            model for model in named
+            if key is None or may_use(key, model.name) or may_use(key, request.model)
+        ]  # fmt: skip
+        if not allowed:
+            raise Refusal(403, "model_not_allowed", f"this key may not use {request.model}", param="model")
+        return allowed
+
+    async def _place_on(
+        self, model: ModelFacts, session: Session, request: InferenceRequest, *, is_big: bool
+    ) -> Sequence[NodeView]:
+        session.model = model.name
+        session.counter = await self._counter(model)
+        request.disarm(session.counter)
+        counts = await self._count_prompts(session.counter, request, is_big=is_big)
+        session.prompt_tokens, session.prompt_longest = sum(counts), max(counts)
+        _check_context(session, request, model)
+        return self._choose(session, request)
+
     async def _counter(self, model: ModelFacts) -> TokenCounter:
         try:
             return await self._shelf.counter_of(model.name)
         except Exception as e:
             _log.error("the tokenizer of %s cannot be loaded", model.name, exc_info=_without_text(e))
-            raise Refusal(
+            raise CannotServeNow(
                 503, "model_unavailable", f"{model.name} cannot be served just now",
                 retry_after_s=NODES_RETRY_AFTER_S,
             ) from e  # fmt: skip
@@ -300,21 +337,22 @@ class ChatService:
             raise Refusal(400, "invalid_messages", str(e), param=request.prompt_field) from e
 
     def _choose(self, session: Session, request: InferenceRequest) -> Sequence[NodeView]:
-        decision = choose(
-            Question(
-                self._registry.views(session.model),
-                self._registry.now_ms,
-                _chance.random(),
-                prompt_tokens=session.prompt_tokens,
-                completion_tokens=request.wanted_tokens or EXPECTED_COMPLETION_TOKENS,
-                context_min=session.prompt_longest + (request.wanted_tokens or 1),
-                preferences=_preferences(request),
-            )
+        question = Question(
+            self._registry.views(session.model),
+            self._registry.now_ms,
+            _chance.random(),
+            prompt_tokens=session.prompt_tokens,
+            completion_tokens=request.wanted_tokens or EXPECTED_COMPLETION_TOKENS,
+            context_min=session.prompt_longest + (request.wanted_tokens or 1),
+            preferences=_preferences(request),
+            warm=self._affinity.warm(session.beginning, session.started),
         )
-        session.decision = decision
+        decision = session.decision = choose(question)
+        if self._decisions is not None:
+            self._decisions.note(question, decision.candidates)
         self._registry.tally.note(decision)
         if not decision.candidates:
-            raise Refusal(
+            raise CannotServeNow(
                 503,
                 "no_node_available",
                 f"no healthy node serves {session.model} on these terms just now",
@@ -368,6 +406,13 @@ class ChatService:
         session.max_tokens = min(wanted, affordable(session.hold.amount))
         if session.max_tokens < asked:
             session.clamped_from = asked
+
+    async def quote(self, person_id: UUID, body: bytes, *, is_chat: bool) -> Quote:
+        """Price a request without serving it: admission up to the hold, and no hold."""
+        session = Session(uuid7(), self._clock.monotonic(), person_id=person_id)
+        request = session.request = parse_chat(body) if is_chat else parse_completion(body)
+        model, candidates = await self._place(session, request, is_big=len(body) > BIG_TEXT_BYTES)
+        return quote_for(session, request, candidates, context=model.context)
 
     # ---- serving
 
@@ -446,6 +491,7 @@ class ChatService:
             if not answer.is_whole:
                 raise ProtocolBroken("the answer ended before its end")
             outcome = Outcome.SUCCEEDED
+            self._affinity.answered(session.beginning, node.node_id, session.started)
         except RequestBroken as e:
             outcome = Outcome.FAILED if e.blames_node else Outcome.NEUTRAL
             raise
@@ -547,7 +593,7 @@ def _check_context(session: Session, request: InferenceRequest, model: ModelFact
     prompt = session.prompt_longest
     if prompt + (request.wanted_tokens or 1) > model.context:
         wanted = "" if request.wanted_tokens is None else f" and {request.wanted_tokens} are asked for"
-        raise Refusal(
+        raise CannotServeNow(
             400, "context_length_exceeded",
             f"the prompt has {prompt} tokens{wanted}; {model.name} takes {model.context} in all",
             param=request.prompt_field if prompt >= model.context else "max_tokens",

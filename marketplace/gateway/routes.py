@@ -31,6 +31,7 @@ class OfferOut(BaseModel):
     """One operator's offer of a model."""
 
     node: str
+    operator: str = Field(description="Whose node it is; `provider` preferences name it")
     price_in: str = Field(description="Dollars per million prompt tokens, decimal string")
     price_out: str = Field(description="Dollars per million completion tokens, decimal string")
     is_healthy: bool = Field(description="Would be asked now, if it has room")
@@ -71,6 +72,7 @@ def _model_out(model: ModelFacts, registry: Registry) -> ModelOut:
         offers=[
             OfferOut(
                 node=view.node_id,
+                operator=view.operator_id,
                 price_in=dollars(Nano(view.price_in)),
                 price_out=dollars(Nano(view.price_out)),
                 is_healthy=view in healthy,
@@ -91,12 +93,12 @@ async def list_models(request: Request) -> ModelsOut:
 
 @router.get("/v1/models/{name:path}", tags=["inference"], responses={404: {"model": RefusalOut}})
 async def one_model(request: Request, name: str) -> ModelOut:
-    """One model by name."""
+    """One model by name; of an alias, the first it stands for."""
     shelf, registry = request.app.state.shelf, request.app.state.registry
-    model = shelf.model(name)
-    if model is None:
+    found = shelf.resolve(name)
+    if not found:
         raise Refusal(404, "model_not_found", f"no model is named {name!r}", param="model")
-    return _model_out(model, registry)
+    return _model_out(found[0], registry)
 
 
 class BalanceOut(BaseModel):

@@ -36,6 +36,8 @@ class Session:
     """Over all prompts, as billed."""
     prompt_longest: int = 0
     """The longest prompt, which has to fit the context."""
+    beginning: int | None = None
+    """Names how the conversation begins, for the node whose cache is warm."""
     max_tokens: int = 0
     """Per choice, as the node is told."""
     clamped_from: int | None = None

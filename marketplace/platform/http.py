@@ -147,6 +147,7 @@ def _require(scope: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - a Fa
 
 ServicesDep = Annotated[Services, Depends(services)]
 AccountIdentity = Annotated[Identity, Depends(_require("account"))]
+InferenceIdentity = Annotated[Identity, Depends(_require("inference"))]
 AdminIdentity = Annotated[Identity, Depends(_require("admin"))]
 
 

@@ -76,6 +76,11 @@ class Settings(BaseSettings):
     trusted_proxies: Annotated[frozenset[str], NoDecode] = frozenset()
     """Peers whose X-Forwarded-For is believed (comma-separated addresses)."""
 
+    decision_log: Path | None = None
+    """Where routing decisions are kept for `tollway route replay`; they hold no content. None: nowhere."""
+    decision_log_every: int = Field(default=1, ge=1)
+    """Keep every so many-th."""
+
     deposit_micro_min: int = Field(default=5_000_000, ge=1)
     """R7: $5.00."""
     withdrawal_nano_min: int = Field(default=10_000_000_000, ge=1)
@@ -86,11 +91,15 @@ class Settings(BaseSettings):
     """What all buyers together may lack at any moment: $50.00."""
     reserve_s: int = Field(default=DAY_S, ge=0)
     """How long USDC-funded earnings mature."""
+    card_reserve_s: int = Field(default=7 * DAY_S, ge=0)
+    """The same of earnings from buyers who have paid by card."""
     cooling_s: int = Field(default=2 * DAY_S, ge=0)
     """How long a new payout address waits before its first use (A43)."""
     step_up_s: int = Field(default=300, ge=0)
     """How old somebody's proof of who he is may be when he changes where money goes (A43); 0: none asked."""
 
+    metrics_port: int | None = Field(default=None, ge=0, le=65_535)
+    """Where `tollway watch`, `settle` and `work` answer /metrics, /healthz and /readyz on `api_host`."""
     smtp_url: SecretStr = SecretStr("")
     """`smtp://user:password@host:587` or `smtps://…`; empty = development writes mails to data_dir/mail."""
     mail_from: str = "Tollway <tollway@localhost>"
@@ -134,10 +143,10 @@ class Settings(BaseSettings):
         if not self.database_url.get_secret_value():
             raise ValueError("TOLLWAY_DATABASE_URL is not set (`tollway up` starts a database and sets it)")
         if self.environment is Environment.PRODUCTION and (
-            self.reserve_s < DAY_S or self.cooling_s < 2 * DAY_S or not 0 < self.step_up_s <= STEP_UP_S_MAX
+            self.reserve_s < DAY_S or self.card_reserve_s < 7 * DAY_S or self.cooling_s < 2 * DAY_S or not 0 < self.step_up_s <= STEP_UP_S_MAX
         ):
             raise ValueError(
-                "reserve (24 h) and cooling (48 h) times can be shortened, and step-up (5 minutes) loosened, "
+                "reserve (24 h, 7 days) and cooling (48 h) times can be shortened, and step-up (5 minutes) loosened, "
                 "in development only"
             )
         return self

@@ -6,7 +6,8 @@ any decision can be replayed and explained later (`explain`), to the buyer and t
 R21: eligible is a node that has the model, was heard within 60 s, succeeded in at least 90 % of its
 recent requests, is not draining and has free capacity.  Its score is latency 40, load 35, price 25 (each
 relative to the best eligible one), lowered by a recent failure.  One of the best three is drawn, with its
-score as its weight; at most two more follow for failover, other operators first.
+score as its weight, unless the node whose cache is warm is within `TIE_PERMILLE` of the best: then it is
+asked.  At most two more follow for failover, other operators first.  Equal scores go to the less loaded.
 
 Prices: nano-dollars per million tokens. Latency: ms to the first token. Scores are relative, not money.
 """
@@ -25,6 +26,8 @@ from node_agent.protocol import NODE_SILENT_MS_MAX, NodeId
 
 BEST: Final = 3
 """R21: the draw is among so many."""
+TIE_PERMILLE: Final = 50
+"""Scores this close are a tie, which a warm cache breaks."""
 RETRIES_MAX: Final = 2
 
 
@@ -47,6 +50,7 @@ class Sort(StrEnum):
     BALANCED = "balanced"
     PRICE = "price"
     LATENCY = "latency"
+    THROUGHPUT = "throughput"
     LOAD = "load"
 
 
@@ -94,7 +98,7 @@ class Preferences:
     """Tried in this order before all others."""
     sort: Sort = Sort.BALANCED
     allow_fallbacks: bool = True
-    """False: nobody but the preferred operator and `order`."""
+    """False: nobody but the preferred operator and `order`; where neither is given, no second node."""
 
 
 NO_PREFERENCES: Final = Preferences()
@@ -131,6 +135,8 @@ class Question:
     """Tokens that must fit."""
     preferences: Preferences = NO_PREFERENCES
     weights: Weights = R21
+    warm: NodeId | None = None
+    """The node that last answered a conversation with this beginning: it wins a tie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +186,7 @@ def choose(question: Question) -> Decision:
     preferences = question.preferences
     ranked = list(zip(_scores(eligible, question), eligible, strict=True))
     if len(ranked) > 1:
-        ranked.sort(key=lambda pair: (-pair[0], pair[1].node_id))
+        ranked.sort(key=lambda pair: (-pair[0], _load(pair[1]), pair[1].node_id))
     chosen_by_name = bool(preferences.operator or preferences.order)
     if chosen_by_name:
         ranked.sort(key=lambda pair: _named_rank(pair[1], preferences))  # stable: by score within
@@ -191,6 +197,8 @@ def choose(question: Question) -> Decision:
             if not ranked:
                 return Decision(question, (), len(eligible))
     first = _first(ranked, question, chosen_by_name=chosen_by_name)
+    if not preferences.allow_fallbacks and not chosen_by_name:
+        return Decision(question, (first,), len(eligible))
     return Decision(question, _with_failover(first, ranked, preferences), len(eligible))
 
 
@@ -296,16 +304,38 @@ def _first(ranked: list[tuple[float, NodeView]], question: Question, *, chosen_b
         pool = ranked
     match preferences.sort:
         case Sort.BALANCED:
-            return _draw(pool[:BEST], question.random)
+            best = pool[:BEST]
+            return _warm_tie(best, question.warm) or _draw(best, question.random)
         case Sort.PRICE:
-            costs = _costs([view for _, view in pool], question)
-            return min(zip(costs, (view for _, view in pool), strict=True), key=lambda pair: pair[0])[1]
+            (tokens_in, tokens_out), warm = (
+                (question.prompt_tokens, question.completion_tokens),
+                question.warm,
+            )
+            return min(
+                (view for _, view in pool),
+                key=lambda view: (
+                    tokens_in * view.price_in + tokens_out * view.price_out, view.node_id != warm, _load(view)
+                ),
+            )  # fmt: skip
         case Sort.LATENCY:
             return min((view for _, view in pool), key=_latency_or_last)
+        case Sort.THROUGHPUT:
+            return min((view for _, view in pool), key=lambda view: (-(view.tokens_per_s or 0), _load(view)))
         case Sort.LOAD:
-            return min(
-                (view for _, view in pool), key=lambda view: (view.running + view.waiting) / view.capacity
-            )
+            return min((view for _, view in pool), key=_load)
+
+
+def _load(view: NodeView) -> float:
+    """The share of a node's places that is taken."""
+    return (view.running + view.waiting) / view.capacity
+
+
+def _warm_tie(best: Sequence[tuple[float, NodeView]], warm: NodeId | None) -> NodeView | None:
+    """Give the warm node if its score is as good as the best's."""
+    if warm is None:
+        return None
+    enough = best[0][0] * (1000 - TIE_PERMILLE) / 1000
+    return next((view for score, view in best if view.node_id == warm and score >= enough), None)
 
 
 def _latency_or_last(view: NodeView) -> tuple[bool, int]:
@@ -386,5 +416,6 @@ def summary(decision: Decision, served_by: NodeId) -> str:
                 f"score={parts.score:.3f}; latency={parts.latency:.3f}; load={parts.load:.3f}; "
                 f"price={parts.price:.3f}; sort={question.preferences.sort}; attempt={rank + 1}; "
                 f"eligible={decision.eligible}; known={len(question.views)}"
+                f"{'; warm' if served_by == question.warm else ''}"
             )
     return ""
