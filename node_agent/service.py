@@ -422,6 +422,7 @@ def _build_engine(settings: EngineSettings, folder: Path) -> Engine:
         "model_name": names[0],
         "context": str(model.context),
         "capacity": str(model.capacity),
+        "context_of_all": str(model.context * model.capacity),
     }
     return SpawnEngine(
         settings.name,

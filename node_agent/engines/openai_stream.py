@@ -275,10 +275,8 @@ class OpenAIClient:
         self._headers = headers | _JSON
         self._session: aiohttp.ClientSession | None = None
         self._dialect = 0
-
-    @property
-    def tells_token_ids(self) -> bool:
-        return "return_token_ids" in _DIALECTS[self._dialect]
+        self.tells_token_ids = False
+        """True once an answer carried them: some engines accept the wish and ignore it."""
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -286,7 +284,9 @@ class OpenAIClient:
                 # An engine that inflates a bomb for us is refused, not obeyed (A62).
                 auto_decompress=False,
                 trust_env=False,
-                connector=aiohttp.TCPConnector(limit=0, force_close=False),
+                # An engine may close a kept connection just as a request goes out on it, which would fail
+                # the request; engines are near, so a new one costs little.
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 timeout=aiohttp.ClientTimeout(
                     total=None, sock_connect=CONNECT_SECONDS_MAX, sock_read=IDLE_MS_MAX / 1000
                 ),
@@ -309,6 +309,7 @@ class OpenAIClient:
             async with await self._post(body, model) as response:
                 try:
                     async for events in _read(response):
+                        self.tells_token_ids = self.tells_token_ids or _has_token_ids(events)
                         yield events
                 finally:
                     if not response.content.at_eof():
@@ -363,7 +364,9 @@ class OpenAIClient:
             raise EngineMalformedError("/v1/models is not a list of models") from error
         if not entries:
             raise EngineRefusedError(f"the engine does not offer the model {model}")
-        return _count(entries[0].get("max_model_len"))
+        meta = entries[0].get("meta")  # llama.cpp's place for it, per slot
+        told = entries[0].get("max_model_len", meta.get("n_ctx") if isinstance(meta, dict) else None)
+        return _count(told)
 
     async def warm_up(self, model: str) -> None:
         """Generate a few tokens with logprobs; raises `EngineError` unless tokens come.
@@ -397,6 +400,10 @@ async def _read(response: aiohttp.ClientResponse) -> AsyncGenerator[list[EngineE
         if is_done:
             return
     raise EngineDownError("the engine's answer ended before its end mark")
+
+
+def _has_token_ids(events: list[EngineEvent]) -> bool:
+    return any(choice.token_ids for event in events for choice in event.choices)
 
 
 def _until_done(events: Iterable[bytes]) -> Iterable[bytes]:

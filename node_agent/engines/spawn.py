@@ -1,9 +1,11 @@
 """Run an engine as a child: start, warm up, watch, restart, stop, leaving no process behind.
 
-The command is a template. `{python}`, `{model_path}`, `{model_name}`, `{port}`, `{api_key}`,
-`{context}` and `{capacity}` are filled in; other braces stay as they are. The port is a free one on the
+The command and its environment are templates. `{python}`, `{model_path}`, `{model_name}`, `{port}`,
+`{api_key}`, `{context}`, `{capacity}` and `{context_of_all}` (context times capacity, which llama.cpp asks
+for) are filled in; other braces stay as they are. The port is a free one on the
 loopback address and the key is random each time, since vLLM answers several paths without a key: such a
-server must not be reachable from elsewhere. The key also goes into VLLM_API_KEY, where no `ps` shows it.
+server must not be reachable from elsewhere. The key also goes into VLLM_API_KEY and
+LLAMA_API_KEY, where no `ps` shows it.
 """
 
 import asyncio
@@ -157,6 +159,7 @@ class SpawnEngine:
         inherited = {
             name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
         }
+        own = {name: _fill(value, values) for name, value in self._environment.items()}
         self.log_path.touch(mode=0o600)
         with self.log_path.open("ab") as log:
             return await asyncio.create_subprocess_exec(
@@ -165,7 +168,7 @@ class SpawnEngine:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=inherited | {"VLLM_API_KEY": key} | self._environment,
+                env=inherited | {"VLLM_API_KEY": key, "LLAMA_API_KEY": key} | own,
                 start_new_session=True,
             )
 
