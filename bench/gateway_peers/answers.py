@@ -102,12 +102,20 @@ def plain_json(answer: Answer) -> bytes:
     ).encode()
 
 
-def stream_events(answer: Answer) -> list[bytes]:
-    """The stub engine's stream: an event per token, the usage, `[DONE]`."""
-    events = [
-        _event([{"index": 0, "delta": _delta(at, piece), "logprobs": None, "finish_reason": _finish(at)}])
-        for at, piece in enumerate(answer.pieces)
-    ]
+def stream_events(answer: Answer, *, as_vllm: bool = False) -> list[bytes]:
+    """The stub engine's stream: an event per token, the usage, `[DONE]`.
+
+    `as_vllm`: with token ids and running usage, as vLLM writes when an agent asks it.
+    """
+    events = []
+    for at, piece in enumerate(answer.pieces):
+        choice: dict[str, Any] = {
+            "index": 0, "delta": _delta(at, piece), "logprobs": None, "finish_reason": _finish(at),
+        }  # fmt: skip
+        if as_vllm:
+            events.append(_event([{**choice, "token_ids": [answer.ids[at]]}], usage=_usage(at + 1)))
+        else:
+            events.append(_event([choice]))
     return [*events, _event([], usage=_usage()) + b"data: [DONE]\n\n"]
 
 
@@ -119,8 +127,8 @@ def _finish(at: int) -> str | None:
     return "stop" if at == TOKENS - 1 else None
 
 
-def _usage() -> dict[str, int]:
-    return {"prompt_tokens": 70, "completion_tokens": TOKENS, "total_tokens": 70 + TOKENS}
+def _usage(completion: int = TOKENS) -> dict[str, int]:
+    return {"prompt_tokens": 70, "completion_tokens": completion, "total_tokens": 70 + completion}
 
 
 def _event(choices: list[dict[str, Any]], **fields: Any) -> bytes:

@@ -156,7 +156,13 @@ class StubNode(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
         self.lost.set_result(exc)
+
+    def drop(self) -> None:
+        """Close the connection."""
+        if self._transport is not None:
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         buffer, at = self._rest + data, 0
@@ -187,7 +193,8 @@ class StubNode(asyncio.Protocol):
         elif line == b"PONG" and not self.ready.done():
             self.ready.set_result(None)
         elif line.startswith(b"-ERR"):
-            sys.exit(f"stub node {self._node_id}: {line.decode()}")
+            print(f"stub node {self._node_id}: {line.decode()}", file=sys.stderr, flush=True)
+            self.drop()
 
     def _connect(self, nonce: str) -> None:
         options = {
@@ -240,7 +247,8 @@ class StubNode(asyncio.Protocol):
         self._out.append(data)
 
     def _flush(self) -> None:
-        self._transport.write(b"".join(self._out))
+        if self._transport is not None:
+            self._transport.write(b"".join(self._out))
         self._out.clear()
 
 

@@ -105,15 +105,14 @@ def marketplace(
     folder: Path,
     files: TokenizerFiles,
     *,
-    gateway_core: int,
-    model: str = MODEL,
+    gateway_core: int | None,
     buyers: int = BUYERS,
     nodes: int = NODES,
 ) -> Iterator[Marketplace]:
-    """Start all but the nodes, give it, stop it."""
+    """Start all but the nodes, give it, stop it.  Without a core, gateway and NATS run where they like."""
     secret = secrets.token_hex(24)
     url = server.url(f"gateway_{secrets.token_hex(4)}")
-    cast = asyncio.run(_people(url, secret, files, model, buyers, nodes))
+    cast = asyncio.run(people(url, secret, files, buyers=buyers, nodes=nodes))
     nats = EmbeddedNats(folder / "nats", free_port(), load_or_make_credentials(folder / "credentials"))
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: asyncio.run(database.drop_database(url)))
@@ -124,7 +123,7 @@ def marketplace(
         gateway = _gateway(_environment(folder, url, nats, secret, port), folder, gateway_core)
         stack.callback(lambda: stop_child(gateway, stop_signal=signal.SIGTERM, patience_s=45))
         _wait_ready(port, gateway, folder)
-        subject = Subject("Tollway", port, model=model, keys=cast.keys, pids=[gateway.pid])
+        subject = Subject("Tollway", port, keys=cast.keys, pids=[gateway.pid])
         running = Marketplace(subject, nats, gateway.pid, url, cast)
         subject.pids.append(running.nats_pid)
         yield running
@@ -142,9 +141,10 @@ def stub_nodes(running: Marketplace, folder: Path, answer: Answer, core: int) ->
 
 
 @contextmanager
-def _on_core(core: int) -> Iterator[None]:
+def _on_core(core: int | None) -> Iterator[None]:
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     try:
         yield
     finally:
@@ -154,13 +154,14 @@ def _on_core(core: int) -> Iterator[None]:
 # ---- who takes part
 
 
-async def _people(url: str, secret: str, files: TokenizerFiles, model: str, buyers: int, nodes: int) -> Cast:
+async def people(url: str, secret: str, files: TokenizerFiles, *, buyers: int, nodes: int) -> Cast:
+    """Make a database with a model, funded buyers and enrolled nodes."""
     await database.create_database(url)
     await asyncio.to_thread(database.migrate, url)
     engine = database.connect(url, role=None, pool_size=1)
     try:
         async with database.transaction(engine) as connection:
-            await add_model(connection, name=model, tier=Tier.SMALL, context=8192, files=files)
+            await add_model(connection, name=MODEL, tier=Tier.SMALL, context=8192, files=files)
             keys = [await _buyer(connection, secret) for _ in range(buyers)]
             enrolled = await _operators(connection, nodes)
     finally:
@@ -210,12 +211,12 @@ def _environment(folder: Path, url: str, nats: EmbeddedNats, secret: str, port: 
     settings = {
         "ENVIRONMENT": "development", "DATA_DIR": str(folder), "DATABASE_URL": url, "NATS_URL": nats.url,
         "NATS_PASSWORD": nats.credentials.password, "NATS_ISSUER_SEED": nats.credentials.issuer_seed,
-        "SECRET": secret, "CHAINS_FILE": str(_chains(folder)), "API_PORT": str(port),
+        "SECRET": secret, "CHAINS_FILE": str(chains_file(folder)), "API_PORT": str(port),
     }  # fmt: skip
     return {**os.environ, **{f"TOLLWAY_{name}": value for name, value in settings.items()}}
 
 
-def _chains(folder: Path) -> Path:
+def chains_file(folder: Path) -> Path:
     """A gateway knows where its chains are; it asks them nothing while it serves."""
     evm: dict[str, Any] = {
         "rpc": ["http://127.0.0.1:9"], "usdc": "0x833589fCD6eDb6E08f4c7C32D4f71b54bdA02913",
@@ -233,9 +234,10 @@ def _chains(folder: Path) -> Path:
     return path
 
 
-def _gateway(environment: dict[str, str], folder: Path, core: int) -> subprocess.Popen[bytes]:
-    argv = ["taskset", "-c", str(core), sys.executable, "-m", "marketplace", "serve"]
-    return start_child(argv, log=folder / "gateway.log", env=environment, cwd=ROOT)
+def _gateway(environment: dict[str, str], folder: Path, core: int | None) -> subprocess.Popen[bytes]:
+    with _on_core(core):
+        argv = [sys.executable, "-m", "marketplace", "serve"]
+        return start_child(argv, log=folder / "gateway.log", env=environment, cwd=ROOT)
 
 
 def _nodes(
