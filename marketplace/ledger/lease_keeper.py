@@ -168,6 +168,8 @@ class LeaseKeeper:
             await self._fetch(buyer, amount, amount)
         except InsufficientFunds as e:
             left = Nano(max(0, e.available_nano) + self._live_free(buyer))
+            if not left.n:  # nothing to begin with: no grant either, and nobody's turn taken
+                raise
         else:
             return self._book.authorise(buyer, amount.n)
         part = self._book.slice_of(buyer)

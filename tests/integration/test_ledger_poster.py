@@ -178,8 +178,8 @@ async def test_a_served_request_moves_money_three_ways_and_gives_the_rest_of_its
 
 
 async def proofs(engine: AsyncEngine) -> dict[str, Check]:
-    async with engine.connect() as conn:
-        return {check.name: check async for check in prove(conn)}
+    async with engine.connect() as conn, engine.connect() as beside:
+        return {check.name: check async for check in prove(conn, beside=beside)}
 
 
 async def everything_holds(engine: AsyncEngine) -> bool:
