@@ -31,6 +31,7 @@ from marketplace.notices.mail import FolderMailer, Mailer, SmtpMailer
 from marketplace.platform import database
 from marketplace.platform.clock import Clock, SystemClock
 from marketplace.platform.errors import SetupFault
+from marketplace.platform.operations import answering_operations
 from marketplace.platform.settings import ChainsConfig, Settings, load_chains
 from marketplace.settlement.service import Schedule, settle
 
@@ -56,9 +57,11 @@ def stop_on_signals() -> asyncio.Event:
 
 @asynccontextmanager
 async def _book(settings: Settings) -> AsyncIterator[AsyncEngine]:
+    """The book, with the operator's questions answered while it is open."""
     engine = database.connect(settings.database_url.get_secret_value())
     try:
-        yield engine
+        async with answering_operations(engine, host=settings.api_host, port=settings.metrics_port):
+            yield engine
     finally:
         await engine.dispose()
 

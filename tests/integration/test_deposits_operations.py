@@ -1,0 +1,271 @@
+"""What an operator of Tollway sees of the watchers: commands, metrics, progress."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import aiohttp
+import pytest
+from deposits_parts import QUICK, Bench, final, start
+from prometheus_client import REGISTRY
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
+from structlog.testing import capture_logs
+
+from chain.errors import RpcUnavailable
+from chain.networks import EVM_NETWORKS, SOLANA, Chain
+from chain.simulated import SimulatedChain
+from marketplace.deposits import service
+from marketplace.deposits.cursor import load_cursor
+from marketplace.deposits.tables import chain_cursors, chain_halts
+from marketplace.deposits.watcher import PROGRESS_EVERY_S
+from marketplace.platform.database import connect, transaction
+from marketplace.platform.errors import SetupFault
+from marketplace.platform.operations import answering_operations
+from marketplace.platform.settings import load_chains, settings_environment
+
+
+@pytest.fixture
+def bench(engine: AsyncEngine) -> Bench:
+    return Bench(engine, SimulatedChain(chain=Chain.BASE))
+
+
+def metric(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, {"chain": "base", **labels}) or 0.0
+
+
+async def test_metrics_tell_head_final_lag_halt_reorgs_and_credits(bench: Bench) -> None:
+    _, address = await bench.a_buyer()
+    watcher = await start(bench)
+    reorgs, credited = metric("tollway_chain_reorgs_total"), metric("tollway_deposits_credited_micro_total")
+    for _ in range(4):
+        bench.node.mine()
+    bench.node.finalize(behind=2)
+    await bench.settle(watcher)
+    assert metric("tollway_chain_head_height") == 4
+    assert metric("tollway_chain_final_height") == 2
+    assert metric("tollway_chain_final_lag_blocks") == 0
+    bench.node.drop(1)
+    bench.node.mine()
+    bench.node.mine(bench.pays(address, 7))
+    await bench.settle(watcher)
+    assert metric("tollway_chain_reorgs_total") == reorgs + 1
+    for _ in range(2 * QUICK.blocks_per_tick):
+        bench.node.mine()
+    bench.node.finalize()
+    await watcher.tick()  # one step of several: the lag shows
+    assert metric("tollway_chain_final_lag_blocks") > 0
+    await bench.settle(watcher)
+    assert metric("tollway_chain_final_lag_blocks") == 0
+    assert metric("tollway_deposits_credited_micro_total") == credited + 7_000_000
+    assert metric("tollway_chain_halted") == 0
+    bench.node.drop(2)  # final ones: the chain broke its word
+    bench.node.mine()
+    bench.node.mine()
+    bench.node.finalize()
+    await bench.settle(watcher)
+    await watcher.tick()
+    assert metric("tollway_chain_halted") == 1
+
+
+async def test_a_lagging_node_and_a_regressed_final_are_counted_and_are_no_reorg(bench: Bench) -> None:
+    _, address = await bench.a_buyer()
+    watcher = await start(bench)
+    bench.node.mine(bench.pays(address, 7))
+    bench.node.mine()
+    await bench.settle(watcher)
+    before = {
+        kind: metric("tollway_chain_oddities_total", kind=kind) for kind in ("lagging", "final_regressed")
+    }
+    reorgs = metric("tollway_chain_reorgs_total")
+    bench.node.head_lag = 2  # the node has not heard of the newest blocks
+    await bench.settle(watcher)
+    assert metric("tollway_chain_oddities_total", kind="lagging") == before["lagging"] + 1
+    assert list((await bench.statuses()).values()) == ["seen"]
+    bench.node.head_lag = 0
+    bench.node.finalize()
+    await bench.settle(watcher)
+    bench.node.finalize(behind=1)
+    await bench.settle(watcher)
+    assert metric("tollway_chain_oddities_total", kind="final_regressed") == before["final_regressed"] + 1
+    assert metric("tollway_chain_reorgs_total") == reorgs
+    assert list((await bench.statuses()).values()) == ["final"]
+
+
+async def test_a_watcher_after_days_shows_how_far_it_is(bench: Bench) -> None:
+    watcher = await start(bench)
+    for _ in range(40):
+        bench.node.mine()
+    bench.node.finalize()
+    with capture_logs() as logs:
+        while await watcher.tick():
+            bench.clock.at += timedelta(seconds=PROGRESS_EVERY_S)
+    told = [line for line in logs if line["event"] == "catching up"]
+    assert len(told) >= 5
+    heights = [line["height"] for line in told]
+    assert heights == sorted(set(heights))
+    assert {line["target"] for line in told} == {40}
+    assert all(line["blocks_per_s"] > 0 and line["left_s"] > 0 for line in told)
+
+
+async def test_a_first_start_from_a_chosen_height_reads_everything_above_it(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    bench.node.mine(bench.pays(address, 5))
+    bench.node.mine(bench.pays(address, 6))
+    bench.node.mine(bench.pays(address, 7))
+    bench.node.finalize()
+    watcher = bench.a_watcher()
+    watcher.start_height = 1
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 13_000_000_000
+    watcher = bench.a_watcher()
+    watcher.start_height = 0  # it counts at the very first start only
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 13_000_000_000
+
+
+async def test_a_provider_that_does_not_answer_is_counted_by_name(tmp_path: Path) -> None:
+    chains = load_chains(chains_file(tmp_path))
+    dead = chains.base.model_copy(update={"rpc": ("http://127.0.0.1:1", "http://127.0.0.1:2")})
+    chains = chains.model_copy(update={"base": dead})
+    before = metric("tollway_chain_provider_faults_total", provider="base-2", kind="failed")
+    async with service.open_reader(Chain.BASE, chains) as reader:
+        with pytest.raises(RpcUnavailable):
+            await reader.final()
+    assert metric("tollway_chain_provider_faults_total", provider="base-2", kind="failed") == before + 1
+
+
+async def test_operations_are_answered_over_http(engine: AsyncEngine) -> None:
+    async with (
+        answering_operations(engine, host="127.0.0.1", port=0) as port,
+        aiohttp.ClientSession(f"http://127.0.0.1:{port}") as http,
+    ):
+        async with http.get("/metrics") as answer:
+            assert "tollway_chain_final_lag_blocks" in await answer.text()
+        async with http.get("/healthz") as answer:
+            assert answer.status == 200
+        async with http.get("/readyz") as answer:
+            assert (answer.status, await answer.json()) == (200, {"ready": True, "reasons": []})
+        with pytest.raises(SetupFault, match="METRICS_PORT"):
+            async with answering_operations(engine, host="127.0.0.1", port=port):
+                pass
+    async with answering_operations(engine, host="127.0.0.1", port=None) as nowhere:
+        assert nowhere == 0
+
+
+async def test_a_process_without_its_database_is_not_ready() -> None:
+    engine = connect("postgresql+asyncpg://nobody@127.0.0.1:1/nothing")
+    async with (
+        answering_operations(engine, host="127.0.0.1", port=0) as port,
+        aiohttp.ClientSession() as http,
+        http.get(f"http://127.0.0.1:{port}/readyz") as answer,
+    ):
+        assert answer.status == 503
+    await engine.dispose()
+
+
+# ── commands ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def chains_file(folder: Path) -> Path:
+    """Addresses nobody has: these commands ask no chain."""
+
+    def evm(chain: Chain) -> dict[str, object]:
+        return {
+            "rpc": [],
+            "chain_id": EVM_NETWORKS[chain].chain_id,
+            "usdc": EVM_NETWORKS[chain].usdc,
+            "escrow": "0x" + "e" * 40,
+            "forwarder_factory": "0x" + "f" * 40,
+            "multi_send": "0x" + "d" * 40,
+            "signers": [],
+            "threshold": 2,
+        }
+
+    nobody = "1" * 32
+    solana = dict.fromkeys(("multisig", "escrow", "nonce_account", "gas_payer"), nobody)
+    config = {
+        "ethereum": evm(Chain.ETHEREUM),
+        "base": evm(Chain.BASE),
+        "solana": solana | {"rpc": [], "usdc_mint": SOLANA.usdc_mint, "signers": [], "threshold": 2},
+    }
+    path = folder / "chains.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def run(database_url: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = settings_environment(
+        {"database_url": database_url, "secret": "s" * 40, "chains_file": str(chains_file(folder))}
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "marketplace", "deposits", *arguments],
+        env=environment | {"COLUMNS": "300"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+async def test_a_person_explains_halts_and_resumes_by_command(
+    bench: Bench, database_url: str, tmp_path: Path
+) -> None:
+    _, address = await bench.a_buyer()
+    watcher = await start(bench)
+    payment = bench.pays(address, 7)
+    await final(bench, watcher, payment)
+
+    async def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return await asyncio.to_thread(run, database_url, tmp_path, *arguments)
+
+    said = await command("explain", payment.tx, "--chain", "base")
+    assert said.returncode == 0, said.stderr
+    assert "credited" in said.stdout
+    assert f"7.000000 USDC to {address}" in said.stdout
+    why = ("--as", "ann", "--reason", "a drill")
+    assert (await command("halt", "--chain", "base", *why)).returncode == 0
+    bench.node.mine(bench.pays(address, 50))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    async with transaction(bench.engine) as conn:
+        cursor = await load_cursor(conn, Chain.BASE)
+        assert cursor is not None
+        assert cursor.halt is not None
+        assert (cursor.halt.by, cursor.halt.reason) == ("ann", "a drill")
+        assert (await conn.scalar(select(chain_cursors.c.final_height))) < bench.node.final_height
+    assert (await command("resume", "--chain", "base", *why)).returncode == 0
+    again = await command("resume", "--chain", "base", *why)
+    assert again.returncode == 1
+    assert "not halted" in again.stderr
+    await bench.settle(watcher)
+    async with transaction(bench.engine) as conn:
+        assert (await conn.scalar(select(chain_cursors.c.final_height))) == bench.node.final_height
+        journal = await conn.execute(
+            select(chain_halts.c.action, chain_halts.c.actor).order_by(chain_halts.c.id)
+        )
+        assert [tuple(row) for row in journal] == [("halt", "ann"), ("resume", "ann")]
+
+
+async def test_halting_one_chain_leaves_the_others(engine: AsyncEngine) -> None:
+    base, ethereum = (
+        Bench(engine, SimulatedChain(chain=Chain.BASE)),
+        Bench(engine, SimulatedChain(chain=Chain.ETHEREUM)),
+    )
+    person, address = await base.a_buyer()
+    watchers = [await start(base), await start(ethereum)]
+    base.node.mine()
+    base.node.finalize()
+    await base.settle(watchers[0])
+    base.node.drop(1)
+    base.node.mine(base.pays(address, 5))
+    base.node.finalize()
+    await final(ethereum, watchers[1], ethereum.pays(address, 6, tx="0xon-ethereum"))
+    await base.settle(watchers[0])
+    assert await ethereum.buyer(person) == 6_000_000_000
