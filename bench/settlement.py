@@ -64,7 +64,7 @@ SIZES: Final = (1, 10, 100, 300)
 OPERATORS: Final = 100_000
 OWNERS: Final = tuple(bytes([n]) * 32 for n in (1, 2, 3))
 GAS_KEY: Final = bytes([4]) * 32
-RESERVE_S: Final = 86_400
+RESERVE: Final = earnings.Reserve(usdc_s=86_400, card_s=7 * 86_400)
 
 
 def say(line: str) -> None:
@@ -233,7 +233,7 @@ async def measure_plan(engine: AsyncEngine) -> float:
     began = time.perf_counter()
     seen = total = 0
     async with transaction(engine) as conn:
-        async for page in earnings.pages(conn, now=clock.now(), reserve_s=RESERVE_S):
+        async for page in earnings.pages(conn, now=clock.now(), reserve=RESERVE):
             seen += len(page)
             total += sum(found.posted.n for _, found in page)
     planned = await planner.plan(engine, rail, clock, planned_by="bench")

@@ -135,7 +135,7 @@ def settle(
 
 @app.command()
 def work() -> None:
-    """Run background work: deliver notices by e-mail and webhook."""
+    """Run background work: deliver notices, sign receipts, add up usage."""
     from marketplace.processes import run_worker
 
     configure_logging("work")
@@ -323,17 +323,19 @@ def models_alias(
     from marketplace.catalog.models import CatalogError
     from marketplace.platform.database import transaction
 
-    async def change(engine: Any, *_: Any) -> None:
-        try:
-            async with transaction(engine) as connection:
-                if models:
-                    await set_alias(connection, alias, models)
-                elif not await drop_alias(connection, alias):
-                    raise CatalogError(f"no alias is named {alias}")
-        except CatalogError as e:
-            raise SetupFault(str(e)) from e
+    async def change(engine: Any, *_: Any) -> bool:
+        async with transaction(engine) as connection:
+            if not models:
+                return await drop_alias(connection, alias)
+            try:
+                await set_alias(connection, alias, models)
+            except CatalogError as e:
+                raise SetupFault(str(e)) from e
+            return True
 
-    _with_book(data_dir, change)
+    if not _with_book(data_dir, change):
+        err.print(f"[red]tollway:[/] no alias is named {escape(alias)}")
+        raise typer.Exit(1)
 
 
 def _with_book(data_dir: Path, work: Callable[..., Coroutine[Any, Any, Any]]) -> Any:

@@ -27,11 +27,12 @@ from marketplace.settlement import (
     signing,
     withdrawals,
 )
+from marketplace.settlement.earnings import Reserve
 from marketplace.settlement.settler import Pace, Settler
 from marketplace.settlement.simulated_rail import SimulatedRail
 from marketplace.settlement.withdrawals import Limits, Withdrawal
 
-LIMITS = Limits(minimum=Nano(10**10), reserve_s=86_400)
+LIMITS = Limits(minimum=Nano(10**10), reserve=Reserve(usdc_s=86_400, card_s=7 * 86_400))
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 

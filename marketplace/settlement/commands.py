@@ -23,6 +23,7 @@ from marketplace.platform.database import transaction
 from marketplace.platform.settings import ChainsConfig, load_chains
 from marketplace.settlement import batches, halts, payout_rules, plan_requests, sanctions, signing, treasury
 from marketplace.settlement.consents import consent_of
+from marketplace.settlement.earnings import Reserve
 from marketplace.settlement.errors import ExportRefused
 from marketplace.settlement.payout_rules import PayoutRules
 from marketplace.settlement.plan_requests import PlanRequest
@@ -177,10 +178,10 @@ async def lift(engine: AsyncEngine, clock: Clock, rail: str, *, actor: str, reas
         await halts.lift(conn, rail=rail, actor=actor, reason=reason, now=clock.now())
 
 
-async def status(engine: AsyncEngine, clock: Clock, reserve_s: int) -> dict[str, Any]:
+async def status(engine: AsyncEngine, clock: Clock, reserve: Reserve) -> dict[str, Any]:
     """Per chain the batch under way, the halt and the cover; what is broken and what will be short."""
     async with transaction(engine) as conn:
-        cover = await treasury.read_cover(conn, now=clock.now(), reserve_s=reserve_s)
+        cover = await treasury.read_cover(conn, now=clock.now(), reserve=reserve)
         rows = []
         for one in cover.chains:
             live = await batches.live_batch(conn, one.chain)

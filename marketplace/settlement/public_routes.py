@@ -21,6 +21,7 @@ from marketplace.platform.http import (
 )
 from marketplace.settlement import batches, statement, treasury
 from marketplace.settlement.digest import merkle_proof
+from marketplace.settlement.earnings import Reserve
 from marketplace.settlement.errors import NotFound
 
 router = APIRouter()
@@ -264,7 +265,7 @@ async def get_treasury(services: ServicesDep, identity: AdminIdentity) -> CoverB
     del identity
     async with transaction(services.engine) as conn:
         cover = await treasury.read_cover(
-            conn, now=services.clock.now(), reserve_s=services.settings.reserve_s
+            conn, now=services.clock.now(), reserve=Reserve.of(services.settings)
         )
     return CoverBody(
         chains=[

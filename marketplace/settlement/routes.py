@@ -118,7 +118,8 @@ class EarningsBody(BaseModel):
     maturing_nano: str
     matured: str = Field(description="can be withdrawn now")
     matured_nano: str
-    reserve_s: int
+    reserve_s: int = Field(description="how long what USDC paid for matures")
+    card_reserve_s: int = Field(description="the same of what buyers who have paid by card paid for")
 
 
 class PayoutAddressBody(BaseModel):
@@ -212,15 +213,15 @@ class Withdrawals(BaseModel):
 @router.get("/earnings", responses=_errors(), tags=["operators"])
 async def get_earnings(services: ServicesDep, identity: AccountIdentity) -> EarningsBody:
     """What you have earned, what is maturing, and what you can withdraw now."""
-    reserve_s = services.settings.reserve_s
+    reserve = earnings.Reserve.of(services.settings)
     async with _work(services) as conn:
         found = await earnings.read_earnings(
-            conn, identity.person_id, now=services.clock.now(), reserve_s=reserve_s
+            conn, identity.person_id, now=services.clock.now(), reserve=reserve
         )
     parts = {"posted": found.posted, "held": found.held, "maturing": found.maturing, "matured": found.matured}
     fields = {name: dollars(amount) for name, amount in parts.items()}
     fields |= {f"{name}_nano": str(amount.n) for name, amount in parts.items()}
-    return EarningsBody(**fields, reserve_s=reserve_s)
+    return EarningsBody(**fields, reserve_s=reserve.usdc_s, card_reserve_s=reserve.card_s)
 
 
 @router.get("/payout-addresses", responses=_errors(), tags=["operators"])

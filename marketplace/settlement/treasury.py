@@ -2,22 +2,29 @@
 
 S3: a chain's escrow covers its payouts in flight, and all escrows together cover operators' earnings past
 their reserve.  S4: money that is not USDC in an escrow (card money, deposits not yet swept) covers nothing.
-Moving USDC between chains is people's work; this names chain and amount, in time.
+Moving USDC between chains is people's work; this names chain and amount, in time, and `rebalance` books it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.networks import Chain
+from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
+from marketplace.ledger import templates
 from marketplace.ledger.accounts import read_balance
 from marketplace.ledger.money import Nano, from_micro
+from marketplace.ledger.posting import find_transfer, post_transfer
 from marketplace.settlement import earnings
+from marketplace.settlement.batches import lock_chain
+from marketplace.settlement.earnings import Reserve
+from marketplace.settlement.errors import WrongState
 from marketplace.settlement.tables import withdrawals
 
 
@@ -73,14 +80,61 @@ class Cover:
         return tuple(found)
 
 
-async def read_cover(conn: AsyncConnection, *, now: datetime, reserve_s: int) -> Cover:
+async def read_cover(conn: AsyncConnection, *, now: datetime, reserve: Reserve) -> Cover:
     """Read the treasury from the book; one pass over all operators, memory flat."""
     matured = maturing = 0
-    async for page in earnings.pages(conn, now=now, reserve_s=reserve_s):
+    async for page in earnings.pages(conn, now=now, reserve=reserve):
         for _, earned in page:
             matured += earned.matured.n
             maturing += max(0, min(earned.maturing.n, earned.posted.n - earned.held.n))
     return Cover(tuple([await _chain(conn, chain) for chain in Chain]), Nano(matured), Nano(maturing))
+
+
+async def rebalance(
+    conn: AsyncConnection,
+    *,
+    source: Chain | Literal["card"],
+    target: Chain,
+    amount: Micro,
+    ref: str,
+    actor: str,
+    reason: str,
+) -> None:
+    """Book USDC that people moved into `target`'s escrow: from another chain's, or bought with card money.
+
+    What arrives in an escrow from nobody we know is booked by the watcher, final, as unattributed; this says
+    that it was ours: unattributed:target → escrow:source (or Stripe's available money).  `ref` names the
+    movement (the transaction that left, the purchase), so that it is booked once.  WrongState unless that
+    much has arrived, and the source has it.  Halt the source chain's payouts between sending and booking:
+    until then its books say more than its escrow holds, which S1 reports.
+    """
+    nano = from_micro(amount.n)
+    given = ledger_accounts.STRIPE_AVAILABLE if source == "card" else ledger_accounts.escrow(source.value)
+    entry = templates.correction(
+        debit=ledger_accounts.unattributed(target.value),
+        credit=given,
+        amount=nano,
+        ref=f"rebalance:{ref}",
+        note=f"{actor}: {reason}",
+    )
+    if await find_transfer(conn, entry.kind, entry.ref) is not None:
+        await post_transfer(conn, entry)  # a replay, or refused as another movement under this name
+        return
+    await lock_chain(conn, target)
+    arrived = await read_balance(conn, ledger_accounts.unattributed(target.value))
+    if arrived is None or arrived.available.n < nano.n:
+        raise WrongState(f"${nano} has not arrived unattributed in the escrow on {target}, at finality")
+    if await _has(conn, source) < nano.n:
+        raise WrongState(f"{source} has no ${nano} to give beyond what is in flight")
+    await post_transfer(conn, entry)
+
+
+async def _has(conn: AsyncConnection, source: Chain | Literal["card"]) -> int:
+    if source == "card":
+        available = await read_balance(conn, ledger_accounts.STRIPE_AVAILABLE)
+        return 0 if available is None else -available.posted.n
+    cover = await _chain(conn, source)
+    return cover.escrow.n - cover.in_flight.n
 
 
 async def _chain(conn: AsyncConnection, chain: Chain) -> ChainCover:

@@ -26,7 +26,7 @@ from marketplace.ledger.money import Nano, from_micro, to_micro
 from marketplace.platform.ids import uuid7
 from marketplace.platform.settings import Settings
 from marketplace.settlement import address_book, kyc, people
-from marketplace.settlement.earnings import lock_earnings
+from marketplace.settlement.earnings import Reserve, lock_earnings
 from marketplace.settlement.eligibility import BrokenRule, Case, broken_rules
 from marketplace.settlement.errors import KeyReused, NotEligible, NotFound, WrongState
 from marketplace.settlement.tables import withdrawals
@@ -55,11 +55,11 @@ class Limits:
     """The numbers the rules compare with."""
 
     minimum: Nano
-    reserve_s: int
+    reserve: Reserve
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        return cls(Nano(settings.withdrawal_nano_min), settings.reserve_s)
+        return cls(Nano(settings.withdrawal_nano_min), Reserve.of(settings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ async def request(
     inputs = _input_hash(chain, address, amount)
     if (made := await _by_key(conn, person, key, inputs)) is not None:
         return made, False
-    earned = await lock_earnings(conn, person, now=now, reserve_s=limits.reserve_s)
+    earned = await lock_earnings(conn, person, now=now, reserve=limits.reserve)
     if (made := await _by_key(conn, person, key, inputs)) is not None:  # made while we waited for the lock
         return made, False
     wanted = amount if amount is not None else Micro(to_micro(earned.matured)[0])

@@ -352,7 +352,7 @@ async def test_signed_bytes_and_frozen_lines_cannot_be_changed(desk: Desk) -> No
         "UPDATE payouts SET address = 'x'",
         "DELETE FROM approvals",
         "DELETE FROM payouts",
-        "UPDATE kyc SET is_verified = true",
+        "UPDATE kyc SET tier = 'identity'",
     ):
         with pytest.raises(Exception, match="permission denied"):
             async with transaction(desk.engine) as conn:

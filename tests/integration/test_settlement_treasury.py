@@ -21,7 +21,7 @@ from marketplace.settlement.payout_rules import PayoutRules
 from marketplace.settlement.sanctions import BadList, Sanctioned
 from marketplace.settlement.treasury import ChainCover, Cover
 from marketplace.settlement.withdrawals import Status
-from tests.settlement_parts import Desk, run_out
+from tests.settlement_parts import LIMITS, Desk, run_out
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ async def desk(engine: AsyncEngine) -> AsyncIterator[Desk]:
 
 async def cover(desk: Desk) -> Cover:
     async with transaction(desk.engine) as conn:
-        return await treasury.read_cover(conn, now=desk.clock.now(), reserve_s=86_400)
+        return await treasury.read_cover(conn, now=desk.clock.now(), reserve=LIMITS.reserve)
 
 
 async def verify(desk: Desk, person: UUID) -> None:
