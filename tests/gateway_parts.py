@@ -206,6 +206,12 @@ class RunningGateway:
                 "/v1/chat/completions", content=content, headers={**self.headers, **headers}
             )
 
+    async def post(self, path: str, body: object) -> httpx.Response:
+        """One request to any path."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with httpx.AsyncClient(base_url=self.url, headers=self.headers, timeout=30) as http:
+            return await http.post(path, content=content, headers={"Content-Type": "application/json"})
+
     async def get(self, path: str) -> Any:
         async with httpx.AsyncClient(base_url=self.url, headers=self.headers, timeout=30) as http:
             answer = await http.get(path)

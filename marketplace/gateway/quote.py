@@ -125,7 +125,7 @@ async def quote(request: Request, identity: InferenceIdentity) -> QuoteOut:
 
 
 class _Prompted(msgspec.Struct):
-    prompt: msgspec.Raw | None = None
+    prompt: Any = None
 
 
 def _has_prompt(body: bytes) -> bool:
