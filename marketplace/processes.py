@@ -23,6 +23,7 @@ from marketplace.deposits import addresses, pool, service
 from marketplace.deposits.early import EarlyCredit
 from marketplace.deposits.solana_sweeps import solana_sweeper
 from marketplace.deposits.sweeper import EvmSweeper, SweepPolicy
+from marketplace.gateway.receipts_work import keep_receipts
 from marketplace.ledger.partitions import ensure_partitions
 from marketplace.ledger.rollups import roll_up
 from marketplace.notices.calling import Caller
@@ -116,7 +117,7 @@ async def run_settler(settings: Settings, which: Sequence[Chain]) -> None:
 
 
 async def run_worker(settings: Settings) -> None:
-    """Work in the background until SIGTERM: deliver notices."""
+    """Work in the background until SIGTERM: deliver notices, sign receipts, add up and forget."""
     stop, clock = stop_on_signals(), SystemClock()
     async with (
         _book(settings) as engine,
@@ -131,6 +132,7 @@ async def run_worker(settings: Settings) -> None:
             secret=settings.secret.get_secret_value().encode(),
         )
         group.create_task(_repeat(courier.tick, stop, what="notices"))
+        group.create_task(keep_receipts(settings, engine, stop))
 
 
 def _mailer(settings: Settings) -> Mailer:
