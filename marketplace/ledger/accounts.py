@@ -144,6 +144,9 @@ class TransferKind(StrEnum):
     CORRECTION = "correction"
 
 
+CHARGE_REFUNDS: Final = frozenset({TransferKind.CHARGE_REFUND_OPERATOR, TransferKind.CHARGE_REFUND_PLATFORM})
+"""What takes a charge's shares back; their `ref` is the charge's id."""
+
 Flow = tuple[Kind, Kind]
 """(debited kind, credited kind)."""
 

@@ -16,7 +16,14 @@ from sqlalchemy import bindparam, func, select, text, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from marketplace.ledger.accounts import Account, Balance, TransferKind, ensure_accounts
+from marketplace.ledger.accounts import (
+    CHARGE_REFUNDS,
+    Account,
+    Balance,
+    TransferKind,
+    ensure_accounts,
+    platform_revenue,
+)
 from marketplace.ledger.errors import (
     AmountTooLarge,
     InsufficientFunds,
@@ -26,7 +33,7 @@ from marketplace.ledger.errors import (
 )
 from marketplace.ledger.ids import NewId, uuid7
 from marketplace.ledger.money import NANO_MAX, Nano
-from marketplace.ledger.tables import transfers
+from marketplace.ledger.tables import charges, transfers
 from marketplace.ledger.templates import Transfer
 
 BULK_MAX: Final = 10_000
@@ -71,6 +78,8 @@ async def post_transfers(
         if is_new:
             if transfer.reverses is not None:
                 await _check_reversal(conn, transfer, ids, fresh)
+            if transfer.kind in CHARGE_REFUNDS:
+                await _check_charge_refund(conn, transfer, ids)
             book.move(transfer)
             identity = new_id()
             fresh.append((identity, transfer))
@@ -196,7 +205,7 @@ async def _check_reversal(
     # Both balances are locked, and every reversal of one transfer locks the same two: no race on the sum.
     statement = select(transfers).where(transfers.c.id == transfer.reverses)
     original = (await conn.execute(statement)).one_or_none()
-    if original is None or original.kind == TransferKind.REVERSAL:
+    if original is None or original.kind in {TransferKind.REVERSAL, *CHARGE_REFUNDS}:
         raise ReversalRefused(f"{transfer.reverses} is not a transfer that can be reversed")
     if (original.credit, original.debit) != (ids[transfer.debit], ids[transfer.credit]):
         raise ReversalRefused("a reversal runs between the original's own accounts, backwards")
@@ -208,6 +217,23 @@ async def _check_reversal(
     undone = int(stored or 0) + sum(t.amount.n for _, t in fresh if t.reverses == transfer.reverses)
     if undone + transfer.amount.n > original.amount:
         raise ReversalRefused(f"{transfer.reverses} moved {original.amount}, {undone} is undone already")
+
+
+async def _check_charge_refund(conn: AsyncConnection, transfer: Transfer, ids: Mapping[Account, int]) -> None:
+    """A share of a stored charge goes back from who had it to who paid it, and no more than he had."""
+    try:
+        charge_id = UUID(transfer.ref)
+    except ValueError as e:
+        raise ReversalRefused(f"{transfer.ref!r} is no charge's id") from e
+    charge = (await conn.execute(select(charges).where(charges.c.id == charge_id))).one_or_none()
+    if charge is None or charge.buyer != ids[transfer.credit]:
+        raise ReversalRefused(f"{transfer.ref} is no charge of {transfer.credit}")
+    if transfer.kind is TransferKind.CHARGE_REFUND_OPERATOR:
+        had = charge.amount - charge.fee if charge.operator == ids[transfer.debit] else 0
+    else:
+        had = charge.fee if transfer.debit == platform_revenue(charge.lane) else 0
+    if transfer.amount.n > had:
+        raise ReversalRefused(f"{transfer.debit} had {Nano(had)} of charge {charge_id}")
 
 
 async def _insert(

@@ -160,8 +160,17 @@ _NONE_SUCH: Final[Sequence[_NoneSuch]] = (
         "no transfer is reversed beyond its amount, no reversal is reversed",
         """SELECT o.id FROM transfers o JOIN transfers r ON r.reverses = o.id
            GROUP BY o.id, o.amount, o.kind, o.debit, o.credit
-           HAVING sum(r.amount) > o.amount OR o.kind = 'reversal'
-               OR bool_or(r.debit <> o.credit OR r.credit <> o.debit) LIMIT 5""",
+           HAVING sum(r.amount) > o.amount OR bool_or(r.debit <> o.credit OR r.credit <> o.debit)
+               OR o.kind IN ('reversal', 'charge_refund_operator', 'charge_refund_platform') LIMIT 5""",
+    ),
+    _NoneSuch(
+        "L9 refunds",
+        "no charge is refunded beyond what each had of it",
+        """SELECT t.kind, t.ref FROM transfers t
+           JOIN charges c ON c.id = CASE WHEN t.ref ~ '^[0-9a-f-]{36}$' THEN t.ref::uuid END
+           WHERE t.kind IN ('charge_refund_operator', 'charge_refund_platform') AND (t.credit <> c.buyer
+               OR t.amount > CASE WHEN t.kind = 'charge_refund_platform' THEN c.fee
+                                  WHEN t.debit = c.operator THEN c.amount - c.fee ELSE 0 END) LIMIT 5""",
     ),
 )
 

@@ -271,7 +271,7 @@ def charge_refund(
 ) -> tuple[Transfer, ...]:
     """Take a charge back from both who had shared it; `ref` = the charge's id, so only once.
 
-    One transfer per share, posted together by the caller; a share of zero has none.
+    One transfer per share, posted together (`refunds.refund_charge`); a share of zero has none.
 
     >>> one, two = charge_refund(
     ...     person="ann", operator="olga", lane=0, earned=Nano(80), fee=Nano(20), ref="charge-1")

@@ -8,7 +8,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["money", "ids", "accounts", "templates", "lease_book"])
+@pytest.mark.parametrize("name", ["money", "ids", "accounts", "templates", "lease_book", "refunds", "usage"])
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(f"marketplace.ledger.{name}"))
     assert result.attempted > 0
