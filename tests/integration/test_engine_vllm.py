@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 ENGINE = Path(os.environ.get("TOLLWAY_ENGINE_DIR") or ROOT / ".engine")
 TINY = ENGINE / "models" / "tiny"
 NODE = protocol.parse_node_id("vllm-test")
+CANARY = "canary_vllm_2d7f"
 
 
 class Stack:
@@ -42,11 +43,17 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with started(tmp_path_factory.mktemp("node")) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[Stack]:
+    """A NATS server and `tollway-node run` with a spawned vLLM, ended together."""
     from typer.testing import CliRunner
 
     if not TINY.exists():
         pytest.fail("the engine is not built: python3 engine/build.py")
-    folder = tmp_path_factory.mktemp("node")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -174,6 +181,17 @@ async def test_cancel_aborts_in_vllm(gateway: Gateway, stack: Stack) -> None:
     until = time.monotonic() + 5
     while (await gateway.status()).models[0].running > 0:
         assert time.monotonic() < until, "vLLM still works on the cancelled request"
+
+
+async def test_nothing_said_is_written_by_agent_or_vllm(gateway: Gateway, stack: Stack) -> None:
+    await gateway.status()
+    said = [{"role": "user", "content": f"def {CANARY}(): pass"}]
+    await gateway.chat(stream=True, max_tokens=4, messages=said)
+    await gateway.chat(stream=True, max_tokens=5000, messages=said)
+    await gateway.chat(stream=True, max_tokens=4, messages=said, temperature="hot " + CANARY)
+    written = {path.name: path.read_bytes() for path in stack.folder.rglob("*") if path.is_file()}
+    assert {"tiny.log", "agent.log", "journal.jsonl"} <= set(written)
+    assert [name for name, content in written.items() if CANARY.encode() in content] == []
 
 
 async def test_killed_agent_leaves_no_engine_process(gateway: Gateway, stack: Stack) -> None:

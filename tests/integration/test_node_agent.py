@@ -469,6 +469,114 @@ async def test_nonsense_usage_is_dropped(agent: Agent, engine: FakeEngine) -> No
     assert (reply.end.prompt_tokens, reply.end.completion_tokens) == (3, None)
 
 
+async def test_missing_usage_is_told_as_unknown(agent: Agent, engine: FakeEngine) -> None:
+    async def silent(response: aiohttp.web.StreamResponse) -> None:
+        await engine.event(response, {"choices": [{"index": 0, "delta": {"content": "a"}}]})
+        await response.write(b"data: [DONE]\n\n")
+
+    engine.script = silent
+    reply = await agent.ask()
+    await reply.all()
+    assert isinstance(reply.end, protocol.End)
+    assert (reply.end.prompt_tokens, reply.end.completion_tokens) == (None, None)
+
+
+async def test_running_counts_never_shrink(agent: Agent, engine: FakeEngine) -> None:
+    async def wobble(response: aiohttp.web.StreamResponse) -> None:
+        for count in (7, 2, 4):
+            chunk = {"choices": [{"index": 0, "delta": {"content": "a"}}], "usage": usage(5, count)}
+            await engine.event(response, chunk)
+            await asyncio.sleep(0.02)
+        await response.write(b"data: [DONE]\n\n")
+
+    engine.script = wobble
+    reply = await agent.ask()
+    await reply.all()
+    assert {delta.completion_tokens for delta in reply.deltas} == {7}
+    assert reply.end.completion_tokens == 7
+
+
+@pytest.mark.parametrize("drip", [b"", b"x"], ids=["stall", "slow drip inside one event"])
+async def test_an_engine_that_says_nothing_whole_is_given_up(
+    agent: Agent, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, drip: bytes
+) -> None:
+    """Bytes are no sign of life, only events are: a byte now and then would hold a place for ever."""
+    monkeypatch.setattr(relay, "IDLE_MS_MAX", 300)
+
+    async def stall(response: aiohttp.web.StreamResponse) -> None:
+        await engine.event(response, {"choices": [{"index": 0, "delta": {"content": "half"}}]})
+        await response.write(b"data: {")
+        while True:
+            await response.write(drip)
+            await asyncio.sleep(0.05)
+
+    engine.script = stall
+    reply = await agent.ask()
+    async with asyncio.timeout(3):
+        await reply.all()
+    assert reply.text == "half"
+    assert (reply.end.code, reply.end.is_retriable) == (protocol.FailureCode.ENGINE_DOWN, True)
+    async with asyncio.timeout(2):
+        await engine.aborted.wait()
+
+
+async def test_a67_oversized_input_never_reaches_an_engine(agent: Agent, engine: FakeEngine) -> None:
+    huge = msgspec.json.encode({"messages": [{"role": "user", "content": "x" * protocol.BODY_BYTES_MAX}]})
+    deep = b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+    for body in (huge, deep, b'{"messages": NaN}', b'"' * 10, b""):
+        refused = (await (await agent.ask(body=body)).all())[-1]
+        assert (refused.code, refused.is_retriable) == (protocol.FailureCode.BAD_REQUEST, False)
+    assert engine.bodies == []
+
+
+async def test_a_request_sent_twice_is_served_once(agent: Agent, engine: FakeEngine) -> None:
+    engine.gap_seconds = 0.2
+    first = await agent.ask(id="same")
+    await first.next()
+    second = await agent.ask(id="same")
+    assert (await second.all())[-1].code is protocol.FailureCode.INTERNAL
+    await first.all()
+    assert first.text == "Hello world"
+    assert len(engine.bodies) == 1
+
+
+async def test_drain_during_load_loses_nothing(agent: Agent, engine: FakeEngine) -> None:
+    engine.words = [f"w{i} " for i in range(20)]
+    engine.gap_seconds = 0.02
+    replies = [await agent.ask(stream=i % 2 == 0) for i in range(4)]
+    for reply in replies:
+        assert isinstance(await reply.next(), protocol.Accepted)
+    agent.service.stop()
+    await asyncio.gather(*(reply.all() for reply in replies))
+    assert [reply.text for reply in replies] == ["".join(engine.words)] * 4
+    assert all(isinstance(reply.end, protocol.End) for reply in replies)
+
+
+async def test_an_operators_wrong_clock_changes_nothing(
+    agent: Agent, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A83: durations are measured on a steady clock, so deadlines hold whatever the time of day says."""
+    hour_ms = 3_600_000
+    monkeypatch.setattr(agent.service, "_now_ms", lambda: time.time_ns() // 1_000_000 + hour_ms)
+    reply = await agent.ask(deadline_ms=5_000)
+    await reply.all()
+    assert reply.text == "Hello world"
+    engine.words, engine.gap_seconds = ["word "] * 1000, 0.02
+    cut = await agent.ask(deadline_ms=300, credit=10_000)
+    async with asyncio.timeout(3):
+        await cut.all()
+    assert cut.end.code is protocol.FailureCode.DEADLINE
+
+
+async def test_the_operators_screen_tells_speed_and_earnings(agent: Agent, engine: FakeEngine) -> None:
+    """4 tokens at $0.20 and 5 at $0.10 per million cost 1,300 nano-dollars; 80 % are the operator's."""
+    await (await agent.ask()).all()
+    async with asyncio.timeout(5):
+        while json.loads((agent.folder / "status.json").read_bytes())["earned_today_nano"] == 0:
+            await asyncio.sleep(0.05)
+    assert json.loads((agent.folder / "status.json").read_bytes())["earned_today_nano"] == 1040
+
+
 async def test_engine_that_does_not_know_token_ids_is_asked_again_without(
     agent: Agent, engine: FakeEngine
 ) -> None:
