@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,7 +19,13 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    generate_latest,
+    multiprocess,
+)
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -42,6 +50,7 @@ from marketplace.gateway.openapi import router as chat_router
 from marketplace.gateway.quote import router as quote_router
 from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.routes import router as gateway_router
+from marketplace.gateway.workers import METRICS_FOLDER
 from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.money import Nano
 from marketplace.ledger.overdrafts import Overdraft
@@ -61,6 +70,8 @@ from marketplace.platform.limits import (
     SharedLimits,
 )
 from marketplace.platform.settings import Settings, load_chains
+from marketplace.reputation.routes import router as reputation_router
+from marketplace.reputation.service import ReputationService
 from marketplace.routing.replay import DecisionLog
 from marketplace.routing.service import FabricService
 from marketplace.settlement.kyc import record as record_identity_check
@@ -91,6 +102,7 @@ class Gateway:
         self.keys = KeyRing(self.keys_engine, settings.secret, self.clock)
         self.shelf: Shelf[TokenCounter] = Shelf(self.engine, _counter_of)
         self.fabric = FabricService(settings, self.engine, PriceBook(self.engine))
+        self.reputation = ReputationService(settings, self.engine, self.clock, self.fabric)
         terms = Overdraft(Nano(settings.overdraft_nano), Nano(settings.overdraft_nano_total))
         self.keeper = LeaseKeeper(
             self.engine, worker=f"gateway-{uuid7()}", overdraft=terms if terms.limit.n else None
@@ -151,7 +163,7 @@ class Gateway:
         for router in (
             chat_router, quote_router, catalog_router, gateway_router, accounts_router,
             deposits_router, fabric_router, settlement_router,
-            notices_router, requirement_router, stripe_router,
+            notices_router, requirement_router, stripe_router, reputation_router,
         ):  # fmt: skip
             app.include_router(router)
         self._add_operations(app)
@@ -176,7 +188,7 @@ class Gateway:
         @app.get("/metrics", include_in_schema=False)
         async def prometheus() -> PlainTextResponse:
             metrics.WAITING_CHARGES.set(self.poster.waiting)
-            return PlainTextResponse(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+            return PlainTextResponse(generate_latest(_metrics()), media_type=CONTENT_TYPE_LATEST)
 
     async def unready(self) -> list[str]:
         """Say what keeps this process from serving; empty when it can."""
@@ -218,20 +230,44 @@ class Gateway:
             stack.push_async_callback(self.idempotency.stop)
             await self.fabric.start()
             stack.push_async_callback(self.fabric.stop)
+            await self.reputation.start()
+            stack.push_async_callback(self.reputation.stop)
             stack.push_async_callback(self.chat.close)
             yield
 
 
+def _metrics() -> CollectorRegistry:
+    """Give this process's metrics, or all workers' together where there are several."""
+    if METRICS_FOLDER not in os.environ:
+        return REGISTRY
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return registry
+
+
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handling: ours stops it in order."""
+    """uvicorn without its signal handling (ours stops it in order), which says when it accepts."""
+
+    def __init__(self, config: uvicorn.Config, ready_fd: int | None) -> None:
+        super().__init__(config)
+        self._ready_fd = ready_fd
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._ready_fd is not None:
+            os.write(self._ready_fd, b"1")
+            os.close(self._ready_fd)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
         yield
 
 
-async def serve(settings: Settings) -> None:
-    """Run one gateway until SIGTERM or SIGINT; streams are given DRAIN_S to finish."""
+async def serve(settings: Settings, *, listen_fd: int | None = None, ready_fd: int | None = None) -> None:
+    """Run one gateway until SIGTERM or SIGINT; streams are given DRAIN_S to finish.
+
+    A worker accepts on a socket its owner bound (`listen_fd`), and says on `ready_fd` when it does.
+    """
     gateway_process = Gateway(settings)
     async with gateway_process.running():
         config = uvicorn.Config(
@@ -249,9 +285,10 @@ async def serve(settings: Settings) -> None:
             timeout_graceful_shutdown=DRAIN_S,
             backlog=2048,
         )
-        server = _Server(config)
+        server = _Server(config, ready_fd)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
         _log.info("gateway is serving", host=settings.api_host, port=settings.api_port)
-        await server.serve()
+        sockets = None if listen_fd is None else [socket.socket(fileno=listen_fd)]
+        await server.serve(sockets=sockets)

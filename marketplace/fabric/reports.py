@@ -44,6 +44,7 @@ _READ: Final = text("""
         sum(t.requests) AS requests, sum(t.own) AS own, sum(t.winner) AS winner
     FROM nodes JOIN routing_tallies t ON t.node_id = nodes.id
     WHERE nodes.operator_id = :operator AND t.hour >= date_trunc('hour', CAST(:since AS timestamptz))
+        AND t.outcome NOT IN ('answered', 'failed', 'first_token')
     GROUP BY nodes.id, nodes.name, t.model, t.outcome
     ORDER BY nodes.id DESC, t.model, requests DESC, t.outcome
     LIMIT :rows

@@ -16,7 +16,7 @@ The law:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
@@ -107,6 +107,7 @@ class Registry:
         """`on_unwanted`: told of every status that came too soon."""
         self._clock_ms = clock_ms
         self._on_unwanted = on_unwanted
+        self._suspended: frozenset[str] = frozenset()
         self.tally = Tally(clock_ms)
         """Why nodes were chosen or not; every decision is offered to it."""
         self._nodes: dict[NodeId, _Node] = {}
@@ -129,6 +130,8 @@ class Registry:
             view = offer.view or self._view(node_id, offer)
             if view is not None:
                 found.append(view)
+        if self._suspended:
+            found = [view for view in found if view.operator_id not in self._suspended]
         return found
 
     def models(self) -> list[str]:
@@ -187,8 +190,10 @@ class Registry:
         offer.view = None
         if outcome is Outcome.SUCCEEDED:
             offer.health.succeeded(self._clock_ms(), first_token_ms, tokens_per_s)
+            self.tally.answered(node_id, model, first_token_ms)
         elif outcome is Outcome.FAILED:
             offer.health.failed(self._clock_ms())
+            self.tally.failed(node_id, model)
 
     # -- what the nodes say
 
@@ -286,6 +291,10 @@ class Registry:
     def add(self, node_id: NodeId, operator_id: str) -> None:
         if node_id not in self._nodes:
             self._nodes[node_id] = _Node(operator_id, refilled_ms=self._clock_ms())
+
+    def suspend(self, operator_ids: Collection[str]) -> None:
+        """Offer nothing of these operators, and of everybody else again."""
+        self._suspended = frozenset(operator_ids)
 
     def remove(self, node_id: NodeId) -> None:
         node = self._nodes.pop(node_id, None)

@@ -11,6 +11,9 @@ up per node, model and outcome; the sums go to the database (`routing_tallies`),
     silent, full, …                   left out (`choice.Exclusion`)
     nobody_eligible                   could have served, but the buyer's wishes left nobody
 
+How requests ended is added up beside it, every one of them: `answered`, `failed` (by the node's fault), and
+`first_token`, whose own sum is the milliseconds to the first token of those that streamed.
+
 With `price`, `latency` and `load` the sums of both sides' numbers are kept, so that the operator is told
 by how much: nano-dollars per million tokens as this request mixes them, ms, permille of capacity in use.
 """
@@ -36,6 +39,9 @@ DRAWN_LOWER: Final = "drawn_lower"
 RECENT_FAILURE: Final = "recent_failure"
 NOT_CHOSEN_BY_BUYER: Final = "not_chosen_by_buyer"
 NOBODY: Final = "nobody_eligible"
+ANSWERED: Final = "answered"
+FAILED: Final = "failed"
+FIRST_TOKEN: Final = "first_token"  # noqa: S105 - a token of text
 
 
 class Key(NamedTuple):
@@ -150,14 +156,27 @@ class Tally:
         decision = _bounded(decision)
         self._allowed -= len(decision.question.views)
         for outcome in outcomes(decision):
-            sums = self._sums.get(outcome.key)
-            if sums is None:
-                if len(self._sums) >= KEYS_MAX:
-                    continue
-                sums = self._sums[outcome.key] = Sums()
-            sums.requests += 1
-            sums.own += outcome.own
-            sums.winner += outcome.winner
+            self._add(outcome)
+
+    def answered(self, node_id: NodeId, model: str, first_token_ms: int | None) -> None:
+        """Count a request that the node answered."""
+        self._add(Outcome(Key(node_id, model, ANSWERED)))
+        if first_token_ms is not None:
+            self._add(Outcome(Key(node_id, model, FIRST_TOKEN), own=first_token_ms))
+
+    def failed(self, node_id: NodeId, model: str) -> None:
+        """Count a request that failed by the node's fault."""
+        self._add(Outcome(Key(node_id, model, FAILED)))
+
+    def _add(self, outcome: Outcome) -> None:
+        sums = self._sums.get(outcome.key)
+        if sums is None:
+            if len(self._sums) >= KEYS_MAX:
+                return
+            sums = self._sums[outcome.key] = Sums()
+        sums.requests += 1
+        sums.own += outcome.own
+        sums.winner += outcome.winner
 
     def take(self) -> dict[Key, Sums]:
         """Give the sums since the last time, and begin anew."""

@@ -1,0 +1,1 @@
+"""Who serves what he sells: facts, standing, and what follows from it."""
