@@ -87,15 +87,29 @@ def _settings(data_dir: Path) -> Settings:
 
 
 @app.command()
-def serve() -> None:
+def serve(
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="So many processes on one socket; SIGHUP replaces them in turn."),
+    ] = None,
+    listen_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
     """Run a gateway: the OpenAI-compatible API and the account API."""
     import uvloop
 
-    from marketplace.app import serve as serve_gateway
-
     configure_logging("serve")
     with _plain_errors():
-        uvloop.run(serve_gateway(load_settings()))
+        settings = load_settings()
+        if workers is None:
+            from marketplace.app import serve as serve_gateway
+
+            uvloop.run(serve_gateway(settings, listen_fd=listen_fd, ready_fd=ready_fd))
+            return
+        from marketplace.gateway.workers import run_workers
+
+        argv = (sys.executable, "-m", "marketplace", "serve")
+        asyncio.run(run_workers(argv, host=settings.api_host, port=settings.api_port, count=workers))
 
 
 @app.command()
@@ -498,10 +512,10 @@ def batch_sanctions(
     file: Annotated[Path, typer.Argument(help="One address a line; # starts a comment.")],
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
-    """Put a list of addresses in force that are neither added nor paid; replaces the one before."""
-    from marketplace.settlement import commands
+    """Put a list in force: never added or paid, and their deposits wait; replaces the list before."""
+    from marketplace import screening
 
-    count = _with_book(data_dir, lambda engine, _, clock: commands.refresh_sanctions(engine, clock, file))
+    count = _with_book(data_dir, lambda engine, _, clock: screening.refresh(engine, clock, file))
     out.print(f"{count} addresses are screened.")
 
 

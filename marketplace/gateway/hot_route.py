@@ -40,6 +40,8 @@ HEADER_S_MAX: Final = 15
 """From a request's first byte (or the connection) to the end of its headers; for every path."""
 REQUEST_S_MAX: Final = 60
 """From the end of its headers to the end of its body; for every path."""
+IDLE_CLOSE_S: Final = 2
+"""How long a stopping process waits for a connection's next request, which may be on its way."""
 LINGER_S: Final = 2
 """How long a refused body's rest is read and dropped, so that the refusal is not lost in a reset."""
 Serve = Callable[[Responder], Awaitable[None]]
@@ -192,6 +194,8 @@ class HotRouteProtocol(HttpToolsProtocol):
     _refusal: Refusal | None = None
     _is_refused = False
     """Nothing that still arrives is looked at."""
+    _is_stopping = False
+    """This process stops: a connection ends with the response that is due."""
     _due: float | None = None
     """When what is arriving must have arrived (loop seconds)."""
     _timer: asyncio.TimerHandle | None = None
@@ -226,11 +230,13 @@ class HotRouteProtocol(HttpToolsProtocol):
             raise ValueError("headers are too large")  # the parser stops; send_400_response answers
         path = self.url.partition(b"?")[0]
         if path not in PATHS or self.parser.get_method() != b"POST" or self.parser.should_upgrade():
+            if self._is_stopping:
+                self.headers.append((b"connection", b"close"))  # uvicorn answers with the same
             super().on_headers_complete()
             return
         version = self.parser.get_http_version()
         existing = self.cycle
-        keep_alive = version != "1.0" and self.parser.should_keep_alive()
+        keep_alive = version != "1.0" and self.parser.should_keep_alive() and not self._is_stopping
         cycle: Any = ChatCycle(self, version=version, keep_alive=keep_alive)
         self.cycle = cycle
         if existing is None or existing.response_complete:
@@ -257,6 +263,21 @@ class HotRouteProtocol(HttpToolsProtocol):
             self.transport.close()  # a refused body has come to its end
             return
         super().on_message_complete()
+
+    def shutdown(self) -> None:
+        """End this connection with the response that is due, or that to a request on its way.
+
+        uvicorn would close an idle connection at once, and so cut a request its client is just sending.
+        """
+        self._is_stopping = True
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
+        self.loop.call_later(IDLE_CLOSE_S, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        is_arriving = self._head_bytes > 0 or not self._in_head
+        if (self.cycle is None or self.cycle.response_complete) and not is_arriving:
+            self.transport.close()
 
     def linger(self) -> None:
         """Say no more, and drop what still arrives for a moment, then close."""

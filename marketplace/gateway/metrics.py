@@ -18,8 +18,12 @@ ADDED_SECONDS: Final = Histogram(
     ["stage"],
     buckets=(0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1),
 )
-IN_FLIGHT: Final = Gauge("tollway_requests_in_flight", "Chat requests being served")
+IN_FLIGHT: Final = Gauge(
+    "tollway_requests_in_flight", "Chat requests being served", multiprocess_mode="livesum"
+)
 TOKENS: Final = Counter("tollway_tokens_total", "Billed tokens", ["direction"])
 CHARGED_NANO: Final = Counter("tollway_charged_nano_total", "Billed nano-dollars")
-WAITING_CHARGES: Final = Gauge("tollway_charges_waiting", "Charges accepted and not yet durable")
+WAITING_CHARGES: Final = Gauge(
+    "tollway_charges_waiting", "Charges accepted and not yet durable", multiprocess_mode="livesum"
+)
 DRIFT: Final = Counter("tollway_drift_total", "Requests whose node counted otherwise than we did")
