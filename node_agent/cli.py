@@ -20,6 +20,7 @@ from node_agent import (
     config_commands,
     doctor_command,
     engine_commands,
+    receipt_commands,
     service_commands,
     status_view,
 )
@@ -30,7 +31,7 @@ from node_agent.enroll import enroll
 from node_agent.identity import create_identity, load_identity
 from node_agent.prices import Per, PriceError, format_price, parse_price
 from node_agent.service import Service
-from node_agent.terminal import HOME, DataDir, Json, out, plain_errors, print_json, version
+from node_agent.terminal import HOME, DataDir, Json, JsonLines, out, plain_errors, print_json, version
 
 LOCK_FILE: Final = "agent.lock"
 
@@ -51,6 +52,7 @@ for commands in (
     config_commands,
     service_commands,
     engine_commands,
+    receipt_commands,
 ):
     commands.add_to(app)
 
@@ -96,6 +98,7 @@ def run(
         typer.Option(envvar="TOLLWAY_NODE_NATS_URL", help="Another fabric address than the enrolled one."),
     ] = "",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    as_json: Annotated[bool, typer.Option("--json", help="Log one JSON object per line.")] = False,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; running requests are finished first, a second signal cuts them."""
     with plain_errors():
@@ -105,6 +108,8 @@ def run(
         logging.basicConfig(
             level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
+        if as_json:
+            logging.getLogger().handlers[0].setFormatter(JsonLines())
         config = settings.load_config(data_dir)
         if nats_url:
             config = msgspec.structs.replace(config, nats_url=nats_url)

@@ -59,7 +59,7 @@ async def try_connection(config: Config, identity: Identity) -> None:
             **connect_options(config, identity),
             allow_reconnect=False,
             max_reconnect_attempts=1,  # per server; 0 would be without end
-            reconnect_time_wait=0.1,
+            reconnect_time_wait=0,
             error_cb=on_error,
         )
         await client.flush(CONNECT_SECONDS_MAX)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,17 @@ err: Final = Console(stderr=True)
 def print_json(content: dict[str, Any]) -> None:
     """Print one JSON object on one line."""
     sys.stdout.write(msgspec.json.encode(content).decode() + "\n")
+
+
+class JsonLines(logging.Formatter):
+    """Log records as one JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told: dict[str, Any] = {"time": record.created, "level": record.levelname, "logger": record.name}
+        told["message"] = record.getMessage()
+        if record.exc_info:
+            told["trace"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(told).decode()
 
 
 @contextlib.contextmanager

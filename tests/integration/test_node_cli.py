@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -138,7 +139,7 @@ def test_agent_runs_alone_shows_its_status_and_stops_on_sigterm(
 ) -> None:
     call(tmp_path, "enroll", "tok", "--api", marketplace.url)
     call(tmp_path, "models", "add", "m", "--attach", "http://127.0.0.1:1", "--input", "1", "--output", "2")
-    command = [sys.executable, "-m", "node_agent.cli", "run", "--data-dir", tmp_path]
+    command = [sys.executable, "-m", "node_agent.cli", "run", "--json", "--data-dir", tmp_path]
     with (tmp_path / "log").open("wb") as log:
         agent = subprocess.Popen(command, cwd=ROOT, stderr=log)
     until = time.monotonic() + 20
@@ -156,4 +157,83 @@ def test_agent_runs_alone_shows_its_status_and_stops_on_sigterm(
     assert call(tmp_path, "status").exit_code == 1
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
-    assert "fabric nats://127.0.0.1:9" in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert any("fabric nats://127.0.0.1:9" in line["message"] for line in lines)
+
+
+def test_settings_explain_themselves_and_are_checked(tmp_path: Path) -> None:
+    assert call(tmp_path, "config", "init").exit_code == 0
+    path = tmp_path / "config.toml"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert sum(line.startswith("#") for line in path.read_text().splitlines()) > 20
+    assert "--force" in call(tmp_path, "config", "init").stderr
+    assert json.loads(call(tmp_path, "config", "check", "--json").stdout)["is_valid"] is True
+    path.write_text(path.read_text().replace("drain_seconds = 120", "drain_seconds = -1"))
+    broken = call(tmp_path, "config", "check")
+    assert (broken.exit_code, "drain_seconds" in broken.stderr) == (1, True)
+
+
+def test_service_file_is_shown_without_touching_anything(tmp_path: Path, marketplace: Marketplace) -> None:
+    call(tmp_path, "enroll", "tok", "--api", marketplace.url)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for kind, mark in (("systemd", "ExecStart="), ("launchd", "<plist"), ("windows", "<Task ")):
+        told = json.loads(call(tmp_path, "service", "show", "--kind", kind, "--json").stdout)
+        assert mark in told["content"]
+        assert str(tmp_path) in told["content"]
+        assert told["install"]
+    assert "systemd, launchd or windows" in call(tmp_path, "service", "show", "--kind", "rc").stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="systemd's way")
+def test_service_is_installed_asked_and_removed(
+    tmp_path: Path, marketplace: Marketplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for systemctl: there is no running systemd here to talk to."""
+    tools, said = tmp_path / "bin", tmp_path / "said"
+    tools.mkdir()
+    for name in ("systemctl", "loginctl"):
+        (tools / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {said}\ntest ! -e {tmp_path}/broken\n')
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = tmp_path / "node"
+    call(folder, "enroll", "tok", "--api", marketplace.url)
+    assert call(folder, "service", "status").exit_code == 1
+    installed = json.loads(call(folder, "service", "install", "--json").stdout)
+    unit = tmp_path / "home/.config/systemd/user/tollway-node.service"
+    assert installed["path"] == str(unit)
+    assert str(folder) in unit.read_text()
+    assert "enable --now tollway-node" in said.read_text()
+    assert json.loads(call(folder, "service", "status", "--json").stdout)["is_running"] is True
+    (tmp_path / "broken").touch()
+    refused = call(folder, "service", "install")
+    assert (refused.exit_code, "Try by hand: systemctl --user daemon-reload" in refused.stderr) == (1, True)
+    assert call(folder, "service", "uninstall").exit_code == 0
+    assert not unit.exists()
+
+
+def test_engine_install_points_to_vllm_where_there_is_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = json.loads(call(tmp_path, "engine", "install", "--json").stdout)
+    assert (told["kind"], told["is_installed"]) == ("gpu", False)
+    assert any("pip install vllm" in line for line in told["commands"])
+
+
+def test_every_command_speaks_json() -> None:
+    """Walk the whole tree of commands."""
+    group = typer.main.get_command(app)
+    without = []
+    waiting = [(name, command) for name, command in group.commands.items()]
+    while waiting:
+        name, command = waiting.pop()
+        children = getattr(command, "commands", {})
+        waiting += [(f"{name} {child}", entry) for child, entry in children.items()]
+        is_runnable = not children or getattr(command, "invoke_without_command", False)
+        if is_runnable and not any("--json" in parameter.opts for parameter in command.params):
+            without.append(name)
+    assert without == []
