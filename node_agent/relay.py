@@ -41,6 +41,7 @@ from node_agent.protocol import (
     Frame,
     Heartbeat,
     Request,
+    ResponseDigest,
     encode,
 )
 
@@ -82,6 +83,7 @@ class Relay:
         self._sending = asyncio.Lock()
         self._last_sent = self._began
         self._usage = Usage()
+        self._said = ResponseDigest()
         self._first_token_ms: int | None = None
 
     @property
@@ -161,6 +163,8 @@ class Relay:
         if self._first_token_ms is None and any(event.choices for event in events):
             self._first_token_ms = self._elapsed_ms()
         for event in events:
+            for choice in event.choices:
+                self._said.add(choice)
             if event.usage is not None:
                 self._usage = _newer(self._usage, event.usage)
 
@@ -247,6 +251,7 @@ class Relay:
             cached_tokens=self._usage.cached_tokens,
             first_token_ms=self._first_token_ms,
             total_ms=self._elapsed_ms(),
+            response_sha256=self._said.digest().hex(),
         )
 
 

@@ -28,6 +28,7 @@ from node_agent.files import write_private
 from node_agent.identity import Identity
 from node_agent.journal import Journal
 from node_agent.meter import Meter
+from node_agent.receipts import ReceiptBook
 from node_agent.relay import Relay
 
 STATUS_FILE: Final = "status.json"
@@ -97,6 +98,7 @@ class Service:
         self._relays: dict[str, Relay] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._journal = Journal(folder)
+        self._receipts = ReceiptBook(folder, seed=identity.seed, node_id=self.node_id)
         self._nats = Client()
         self._stopping = asyncio.Event()
         self._wake_status = asyncio.Event()
@@ -134,6 +136,7 @@ class Service:
             )
             await self._disconnect()
             self._journal.close()
+            self._receipts.close()
             (self._folder / STATUS_FILE).unlink(missing_ok=True)
 
     async def _drain(self) -> None:
@@ -195,6 +198,9 @@ class Service:
         await self._nats.subscribe(
             protocol.control_subject(self.node_id), cb=self._on_control, pending_msgs_limit=limit
         )
+        await self._nats.subscribe(
+            protocol.receipts_subject(self.node_id), cb=self._on_receipts, pending_msgs_limit=limit
+        )
         await on_connected()
 
     def _complain(self, text: str) -> None:
@@ -212,6 +218,17 @@ class Service:
             await self._nats.publish(subject, data)
         except nats.errors.Error as error:
             raise ConnectionError(str(error)) from error
+
+    async def _on_receipts(self, message: Msg) -> None:
+        """Check a page of receipts against the journal, keep it, and sign it."""
+        try:
+            page = protocol.decode_receipts(message.data)
+            answer = await asyncio.to_thread(self._receipts.countersign, page)
+        except (protocol.ProtocolError, OSError) as error:
+            _log.warning("a page of receipts was not signed: %s", error)
+            return
+        with contextlib.suppress(ConnectionError):
+            await self._publish(message.reply, protocol.encode(answer))
 
     # -- requests -------------------------------------------------------------------------
 
@@ -290,6 +307,7 @@ class Service:
         self._completion_tokens += entry.completion_tokens or 0
         self._meter.note(model, entry)
         self._journal.write(entry)
+        self._receipts.remember(entry)
 
     # -- status ---------------------------------------------------------------------------
 
