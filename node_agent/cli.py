@@ -137,17 +137,24 @@ def _on_signal(loop: asyncio.AbstractEventLoop, number: int, action: Callable[[]
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, so that one identity is never used by two agents."""
-    if sys.platform == "win32":
+    with (folder / LOCK_FILE).open("a") as file:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            raise ConfigError(f"an agent already runs with {folder}") from error
         yield
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file until it is closed, by kill -9 too; raises `OSError` if another process has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         return
     import fcntl
 
-    with (folder / LOCK_FILE).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"an agent already runs with {folder}") from error
-        yield
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # -- models and prices --------------------------------------------------------------------------------

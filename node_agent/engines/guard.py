@@ -16,10 +16,10 @@ import argparse
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Final
@@ -44,8 +44,9 @@ def guard(argv: list[str], pid_file: Path, grace_seconds: float) -> int:
         signal.signal(number, lambda received, _frame: asked_to_stop.append(received))
     engine = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - the operator's own command
     write_pid_file(pid_file, engine.pid)
+    agent_gone = _watch_pipe()
     try:
-        while engine.poll() is None and not asked_to_stop and not _is_pipe_closed():
+        while engine.poll() is None and not asked_to_stop and not agent_gone.wait(POLL_SECONDS):
             pass
         if engine.poll() is None:
             stop_group(engine.pid, grace_seconds, leader=engine)
@@ -56,16 +57,17 @@ def guard(argv: list[str], pid_file: Path, grace_seconds: float) -> int:
         pid_file.unlink(missing_ok=True)
 
 
-def _is_pipe_closed() -> bool:
-    """Wait a moment for the agent's end of the pipe to close."""
-    if sys.platform == "win32":
-        time.sleep(POLL_SECONDS)  # select knows only sockets there; the agent's own stop must do
-        return False
-    try:
-        readable, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
-    except InterruptedError:
-        return False
-    return bool(readable) and os.read(sys.stdin.fileno(), 64) == b""
+def _watch_pipe() -> threading.Event:
+    """Set once the agent's end of the pipe closes; a thread, since Windows has no select for pipes."""
+    closed = threading.Event()
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 64):
+            pass
+        closed.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return closed
 
 
 def is_group_alive(group: int) -> bool:
