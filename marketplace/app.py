@@ -48,6 +48,7 @@ from marketplace.gateway.idempotency import Idempotency
 from marketplace.gateway.ledger_accounts import RememberedAccounts
 from marketplace.gateway.openapi import router as chat_router
 from marketplace.gateway.quote import router as quote_router
+from marketplace.gateway.receipts_routes import router as receipts_router
 from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.routes import router as gateway_router
 from marketplace.gateway.workers import METRICS_FOLDER
@@ -164,6 +165,7 @@ class Gateway:
             chat_router, quote_router, catalog_router, gateway_router, accounts_router,
             deposits_router, fabric_router, settlement_router,
             notices_router, requirement_router, stripe_router, reputation_router,
+            receipts_router,
         ):  # fmt: skip
             app.include_router(router)
         self._add_operations(app)

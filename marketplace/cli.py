@@ -24,6 +24,7 @@ from chain.errors import ChainError
 from chain.networks import Chain
 from chain.units import parse_usdc
 from marketplace.cli_deposits import deposits_app
+from marketplace.gateway.receipts_commands import receipts_app
 from marketplace.platform.errors import PlatformError, SetupFault
 from marketplace.platform.logging import configure_logging
 from marketplace.platform.settings import Settings, load_settings
@@ -39,7 +40,7 @@ models_app = typer.Typer(help="The catalogue of models.", no_args_is_help=True)
 ledger_app = typer.Typer(help="Look into the book.", no_args_is_help=True)
 keystore_app = typer.Typer(help="A signer's keys.", no_args_is_help=True)
 for name, group in (
-    ("deposits", deposits_app), ("route", route_app),
+    ("deposits", deposits_app), ("route", route_app), ("receipts", receipts_app),
     ("batch", batch_app), ("models", models_app), ("ledger", ledger_app), ("keystore", keystore_app),
 ):  # fmt: skip
     app.add_typer(group, name=name)
