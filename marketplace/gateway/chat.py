@@ -251,7 +251,7 @@ class ChatService:
         try:
             return await self._key(responder)
         except Refusal as refusal:
-            if refusal.status != 401 or responder.is_counted:
+            if responder.is_counted:
                 raise
             forwarded = responder.headers.get(b"x-forwarded-for", b"").decode("latin-1") or None
             address = client_address(responder.peer, forwarded, self._trusted_proxies)

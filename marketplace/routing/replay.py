@@ -120,8 +120,9 @@ def parse_policy(text: str) -> Policy:
         return Policy(text)
     if "/" in text:
         try:
-            return Policy(text, Sort.BALANCED, Weights(*(int(part) for part in text.split("/"))))
-        except (TypeError, ValueError) as e:
+            latency, load, price = (int(part) for part in text.split("/"))
+            return Policy(text, Sort.BALANCED, Weights(latency, load, price))
+        except ValueError as e:
             raise ValueError(f"{text!r}: weights are three numbers, such as 40/35/25") from e
     try:
         return Policy(text, Sort(text))

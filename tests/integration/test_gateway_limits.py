@@ -140,12 +140,13 @@ async def test_every_response_tells_where_its_caller_stands(gateway: RunningGate
             await gateway.chat(b"nonsense"),
             await gateway.chat({**HELLO, "model": "none"}),
             await http.post("/v1/chat/completions", json=HELLO),
+            await http.post("/v1/chat/completions?key=x", json=HELLO),
             await http.get("/v1/models"),
             await http.get("/v1/models/none"),
             await http.get("/api/keys"),
             await http.get("/api/keys", headers=gateway.headers),
         ]
-    assert [answer.status_code for answer in answers] == [200, 200, 400, 404, 401, 200, 404, 401, 200]
+    assert [answer.status_code for answer in answers] == [200, 200, 400, 404, 401, 400, 200, 404, 401, 200]
     for answer in answers:
         for name in ("limit", "remaining", "reset"):
             assert int(answer.headers[f"x-ratelimit-{name}"]) >= 0, (answer.request.url, answer.headers)
