@@ -21,7 +21,7 @@ from chain.units import Micro
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.platform.settings import ChainsConfig, load_chains
-from marketplace.settlement import batches, halts, payout_rules, plan_requests, sanctions, signing, treasury
+from marketplace.settlement import batches, halts, payout_rules, plan_requests, signing, treasury
 from marketplace.settlement.consents import consent_of
 from marketplace.settlement.earnings import Reserve
 from marketplace.settlement.errors import ExportRefused
@@ -213,14 +213,6 @@ async def expire_unsigned(
     """See `Settler.expire_unsigned`; needs the settler's keys, so it runs on his machine."""
     async with open_rails(chains, settler_dir, [chain]) as rails:
         await Settler(engine, rails[chain], clock).expire_unsigned(actor=actor, reason=reason)
-
-
-async def refresh_sanctions(engine: AsyncEngine, clock: Clock, file: Path) -> int:
-    """Put a list in force; gives how many addresses it has.  BadList leaves the one before."""
-    addresses = await asyncio.to_thread(sanctions.read_list, file)
-    async with transaction(engine) as conn:
-        await sanctions.refresh(conn, addresses, source=file.name, now=clock.now())
-    return len(addresses)
 
 
 async def change_rules(

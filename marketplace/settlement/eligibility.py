@@ -95,7 +95,7 @@ def _address(case: Case) -> BrokenRule | None:
         return BrokenRule(
             "address_unknown",
             "the address is not in your address book",
-            "add it with POST /api/payout-addresses and wait for its cooling time",
+            "add it (POST /api/payout-addresses, /api/bank-accounts) and wait for its cooling time",
         )
     if case.now < case.address_usable_at:
         when = case.address_usable_at.isoformat(timespec="seconds")

@@ -40,6 +40,13 @@ async def lift(conn: AsyncConnection, *, rail: str, actor: str, reason: str, now
         raise NotFound(f"{rail!r} is not halted")
 
 
+async def all_halted(conn: AsyncConnection) -> str | None:
+    """Why all payouts are halted; None if they are not."""
+    t = payout_halts.c
+    statement = select(t.reason).where(t.lifted_at.is_(None), t.rail == ALL_RAILS)
+    return await conn.scalar(statement.limit(1))
+
+
 async def halted(conn: AsyncConnection, chain: Chain) -> str | None:
     """Why payouts on `chain` are halted; None if they are not."""
     t = payout_halts.c

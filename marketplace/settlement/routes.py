@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Literal, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.addresses import ADDRESS_TEXT_MAX, parse_payout_address
-from chain.errors import BadAddress
 from chain.networks import Chain
 from chain.payouts import Payout
-from chain.units import Micro, parse_usdc
-from marketplace.ledger.errors import InsufficientFunds
 from marketplace.ledger.money import dollars
-from marketplace.platform.database import transaction
 from marketplace.platform.http import (
     AccountIdentity,
     AdminIdentity,
-    Identity,
     Refusal,
-    RefusalOut,
-    Services,
     ServicesDep,
     require_recent_proof,
 )
@@ -42,63 +31,17 @@ from marketplace.settlement import (
     signing,
     withdrawals,
 )
+from marketplace.settlement.answers import actor_of, errors, parse_amount, work
+from marketplace.settlement.bank_routes import router as bank_router
 from marketplace.settlement.consents import consent_of
 from marketplace.settlement.errors import (
     ApprovalRefused,
-    KeyReused,
-    NotEligible,
-    NotFound,
-    PlanRefused,
-    SettlementRefusal,
-    WrongState,
 )
 from marketplace.settlement.kyc_routes import router as kyc_router
 from marketplace.settlement.public_routes import router as public_router
-from marketplace.settlement.sanctions import Sanctioned
 
 router = APIRouter(prefix="/api")
 router.include_router(kyc_router)  # before /kyc/{person}, which would take its paths
-
-_AMOUNT: Final = re.compile(r"\d{1,12}(\.\d{1,6})?", re.ASCII)
-"""No exponents, no signs: what cannot be large needs no further limit."""
-
-_ANSWERS: Final[dict[type[SettlementRefusal], int]] = {
-    NotEligible: 422,
-    KeyReused: 409,
-    NotFound: 404,
-    WrongState: 409,
-    PlanRefused: 409,
-    ApprovalRefused: 400,
-    Sanctioned: 422,
-}
-
-
-def _errors(**reasons: str) -> dict[int | str, dict[str, Any]]:
-    """Document refusals: `s404="no such batch"`."""
-    always = {"s401": "no valid credential", "s403": "the credential lacks the scope"}
-    return {
-        int(status[1:]): {"model": RefusalOut, "description": why}
-        for status, why in {**always, **reasons}.items()
-    }
-
-
-@asynccontextmanager
-async def _work(services: Services) -> AsyncIterator[AsyncConnection]:
-    """One transaction, with every refusal answered."""
-    try:
-        async with transaction(services.engine) as conn:
-            yield conn
-    except SettlementRefusal as e:
-        raise Refusal(_ANSWERS.get(type(e), 400), e.code, str(e)) from e
-    except BadAddress as e:
-        raise Refusal(400, "bad_address", str(e), param="address") from e
-    except InsufficientFunds as e:
-        raise Refusal(422, "earnings", str(e)) from e
-
-
-def _actor(identity: Identity) -> str:
-    return f"person:{identity.person_id}"
-
 
 Reason = Annotated[str, Field(min_length=1, max_length=people.REASON_CHARACTERS_MAX)]
 AddressText = Annotated[str, Field(min_length=1, max_length=ADDRESS_TEXT_MAX)]
@@ -210,11 +153,11 @@ class Withdrawals(BaseModel):
     has_more: bool = Field(description="ask again with `before` = the last id")
 
 
-@router.get("/earnings", responses=_errors(), tags=["operators"])
+@router.get("/earnings", responses=errors(), tags=["operators"])
 async def get_earnings(services: ServicesDep, identity: AccountIdentity) -> EarningsBody:
     """What you have earned, what is maturing, and what you can withdraw now."""
     reserve = earnings.Reserve.of(services.settings)
-    async with _work(services) as conn:
+    async with work(services) as conn:
         found = await earnings.read_earnings(
             conn, identity.person_id, now=services.clock.now(), reserve=reserve
         )
@@ -224,10 +167,10 @@ async def get_earnings(services: ServicesDep, identity: AccountIdentity) -> Earn
     return EarningsBody(**fields, reserve_s=reserve.usdc_s, card_reserve_s=reserve.card_s)
 
 
-@router.get("/payout-addresses", responses=_errors(), tags=["operators"])
+@router.get("/payout-addresses", responses=errors(), tags=["operators"])
 async def list_payout_addresses(services: ServicesDep, identity: AccountIdentity) -> PayoutAddresses:
     """Your address book, retired entries included."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         entries = await address_book.listing(conn, identity.person_id)
     return PayoutAddresses(data=[PayoutAddressBody.of(entry) for entry in entries])
 
@@ -235,7 +178,7 @@ async def list_payout_addresses(services: ServicesDep, identity: AccountIdentity
 @router.post(
     "/payout-addresses",
     status_code=201,
-    responses=_errors(s400="not a payable address", s409="too many addresses", s422="on a sanctions list"),
+    responses=errors(s400="not a payable address", s409="too many addresses", s422="on a sanctions list"),
     tags=["operators"],
 )
 async def add_payout_address(
@@ -246,7 +189,7 @@ async def add_payout_address(
     Needs a proof of who you are that is at most five minutes old: sign in, or POST /api/auth/step-up.
     """
     require_recent_proof(services, identity)
-    async with _work(services) as conn:
+    async with work(services) as conn:
         entry, is_new = await address_book.add(
             conn,
             person=identity.person_id,
@@ -263,18 +206,18 @@ async def add_payout_address(
 @router.delete(
     "/payout-addresses/{address_id}",
     status_code=204,
-    responses=_errors(s404="no such address in use"),
+    responses=errors(s404="no such address in use"),
     tags=["operators"],
 )
 async def retire_payout_address(services: ServicesDep, identity: AccountIdentity, address_id: UUID) -> None:
     """Retire an address.  Withdrawals already requested keep the address they were given."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         await address_book.retire(
             conn, person=identity.person_id, address_id=address_id, now=services.clock.now()
         )
 
 
-@router.get("/withdrawals", responses=_errors(), tags=["operators"])
+@router.get("/withdrawals", responses=errors(), tags=["operators"])
 async def list_withdrawals(
     services: ServicesDep,
     identity: AccountIdentity,
@@ -282,7 +225,7 @@ async def list_withdrawals(
     limit: Annotated[int, Query(ge=1, le=withdrawals.PAGE_MAX)] = 50,
 ) -> Withdrawals:
     """Your withdrawals, newest first."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         found = await withdrawals.listing(conn, identity.person_id, before=before, limit=limit)
         paid = await batches.final_transactions(conn, {w.batch_id for w in found if w.batch_id is not None})
     data = [WithdrawalBody.of(w, paid.get(w.batch_id) if w.batch_id else None) for w in found]
@@ -292,7 +235,7 @@ async def list_withdrawals(
 @router.post(
     "/withdrawals",
     status_code=201,
-    responses=_errors(
+    responses=errors(
         s400="not an amount or address",
         s409="the Idempotency-Key was used with other inputs",
         s422="a rule is not met; the code names it and the message says how to meet it",
@@ -312,8 +255,8 @@ async def request_withdrawal(
     ],
 ) -> WithdrawalBody:
     """Request a payout.  The same Idempotency-Key gives the same withdrawal (200)."""
-    amount = _amount(body.amount)
-    async with _work(services) as conn:
+    amount = parse_amount(body.amount)
+    async with work(services) as conn:
         made, is_new = await withdrawals.request(
             conn,
             person=identity.person_id,
@@ -328,12 +271,12 @@ async def request_withdrawal(
     return WithdrawalBody.of(made)
 
 
-@router.get("/withdrawals/{withdrawal_id}", responses=_errors(s404="no such withdrawal"), tags=["operators"])
+@router.get("/withdrawals/{withdrawal_id}", responses=errors(s404="no such withdrawal"), tags=["operators"])
 async def get_withdrawal(
     services: ServicesDep, identity: AccountIdentity, withdrawal_id: UUID
 ) -> WithdrawalBody:
     """One withdrawal of yours."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         found = await withdrawals.find(conn, person=identity.person_id, withdrawal_id=withdrawal_id)
         paid = await batches.final_transactions(conn, [found.batch_id] if found.batch_id else [])
     return WithdrawalBody.of(found, paid.get(found.batch_id) if found.batch_id else None)
@@ -341,28 +284,18 @@ async def get_withdrawal(
 
 @router.delete(
     "/withdrawals/{withdrawal_id}",
-    responses=_errors(s404="no such withdrawal", s409="it is planned already"),
+    responses=errors(s404="no such withdrawal", s409="it is planned already"),
     tags=["operators"],
 )
 async def cancel_withdrawal(
     services: ServicesDep, identity: AccountIdentity, withdrawal_id: UUID
 ) -> WithdrawalBody:
     """Cancel a withdrawal that is not planned yet; the money is earnings again."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         gone = await withdrawals.cancel(
             conn, person=identity.person_id, withdrawal_id=withdrawal_id, now=services.clock.now()
         )
     return WithdrawalBody.of(gone)
-
-
-def _amount(text: str) -> Micro | None:
-    given = text.strip()
-    if given.lower() == "all":
-        return None
-    if not _AMOUNT.fullmatch(given):
-        message = 'amount is a decimal number of USDC with at most 6 decimals, such as "25.00", or "all"'
-        raise Refusal(400, "bad_amount", message, param="amount")
-    return parse_usdc(given)
 
 
 # ── admins ────────────────────────────────────────────────────────────────────────────────────────────
@@ -523,25 +456,25 @@ class HaltBody(BaseModel):
 Rail = Literal["payouts", "ethereum", "base", "solana"]
 
 
-@router.post("/batches/plan", status_code=202, responses=_errors(), tags=["settlement"])
+@router.post("/batches/plan", status_code=202, responses=errors(), tags=["settlement"])
 async def ask_for_plan(services: ServicesDep, identity: AdminIdentity, body: PlanBody) -> PlanRequestBody:
     """Ask the settler to plan a batch; it answers within seconds (GET /api/batches/plans/{id})."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         asked = await plan_requests.ask(
-            conn, chain=body.chain, asked_by=_actor(identity), now=services.clock.now()
+            conn, chain=body.chain, asked_by=actor_of(identity), now=services.clock.now()
         )
     return PlanRequestBody.of(asked)
 
 
-@router.get("/batches/plans/{plan_id}", responses=_errors(s404="no such request"), tags=["settlement"])
+@router.get("/batches/plans/{plan_id}", responses=errors(s404="no such request"), tags=["settlement"])
 async def get_plan(services: ServicesDep, identity: AdminIdentity, plan_id: UUID) -> PlanRequestBody:
     """What came of a request to plan."""
     del identity
-    async with _work(services) as conn:
+    async with work(services) as conn:
         return PlanRequestBody.of(await plan_requests.find(conn, plan_id))
 
 
-@router.get("/batches", responses=_errors(), tags=["settlement"])
+@router.get("/batches", responses=errors(), tags=["settlement"])
 async def list_batches(
     services: ServicesDep,
     identity: AdminIdentity,
@@ -551,16 +484,16 @@ async def list_batches(
 ) -> Batches:
     """Batches, newest first."""
     del identity
-    async with _work(services) as conn:
+    async with work(services) as conn:
         found = await batches.listing(conn, chain=chain, before=before, limit=limit)
     return Batches(data=[BatchBody.of(batch) for batch in found], has_more=len(found) == limit)
 
 
-@router.get("/batches/{batch_id}", responses=_errors(s404="no such batch"), tags=["settlement"])
+@router.get("/batches/{batch_id}", responses=errors(s404="no such batch"), tags=["settlement"])
 async def get_batch(services: ServicesDep, identity: AdminIdentity, batch_id: UUID) -> BatchDetail:
     """A batch with its payouts, approvals and transactions."""
     del identity
-    async with _work(services) as conn:
+    async with work(services) as conn:
         batch = await batches.find_batch(conn, batch_id)
         joined = await batches.members(conn, batch_id)
         approved = await batches.stored_approvals(conn, batch_id)
@@ -596,21 +529,21 @@ async def get_batch(services: ServicesDep, identity: AdminIdentity, batch_id: UU
 
 @router.get(
     "/batches/{batch_id}/export",
-    responses={**_errors(s404="no such batch"), 200: {"content": {"application/json": {}}}},
+    responses={**errors(s404="no such batch"), 200: {"content": {"application/json": {}}}},
     response_class=Response,
     tags=["settlement"],
 )
 async def export_batch(services: ServicesDep, identity: AdminIdentity, batch_id: UUID) -> Response:
     """The file for signers' machines (`tollway sign`)."""
     del identity
-    async with _work(services) as conn:
+    async with work(services) as conn:
         document = await signing.export_batch(conn, batch_id)
     return Response(signing.encode(document), media_type="application/json")
 
 
 @router.post(
     "/batches/{batch_id}/approvals",
-    responses=_errors(
+    responses=errors(
         s400="not over this batch, or not a signer's", s404="no such batch", s409="the batch takes no more"
     ),
     tags=["settlement"],
@@ -624,69 +557,70 @@ async def push_approval(
     )
     if body.batch != batch_id:
         raise Refusal(400, ApprovalRefused.code, "the approval is over another batch", param="batch")
-    async with _work(services) as conn:
+    async with work(services) as conn:
         await signing.store_approval(
             conn,
             consent_of(services.chains, body.chain),
             document,
-            pushed_by=_actor(identity),
+            pushed_by=actor_of(identity),
             now=services.clock.now(),
         )
         return BatchBody.of(await batches.find_batch(conn, batch_id))
 
 
 @router.post(
-    "/kyc/{person}", status_code=204, responses=_errors(s404="no such person or tier"), tags=["settlement"]
+    "/kyc/{person}", status_code=204, responses=errors(s404="no such person or tier"), tags=["settlement"]
 )
 async def decide_kyc(services: ServicesDep, identity: AdminIdentity, person: UUID, body: KycBody) -> None:
     """Give somebody a KYC tier after a manual review (`none` takes it away); a row with actor and reason."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         await kyc.decide(
             conn,
             person=person,
             tier=body.tier,
             reason=body.reason,
-            actor=_actor(identity),
+            actor=actor_of(identity),
             now=services.clock.now(),
         )
 
 
 @router.post(
-    "/standing/{person}", status_code=204, responses=_errors(s404="no such person"), tags=["settlement"]
+    "/standing/{person}", status_code=204, responses=errors(s404="no such person"), tags=["settlement"]
 )
 async def decide_standing(
     services: ServicesDep, identity: AdminIdentity, person: UUID, body: StandingBody
 ) -> None:
     """Record a decision about an operator's standing."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         await people.set_standing(
             conn,
             person=person,
             is_good=body.is_good,
             reason=body.reason,
-            actor=_actor(identity),
+            actor=actor_of(identity),
             now=services.clock.now(),
         )
 
 
-@router.post("/payout-halts/{rail}", status_code=204, responses=_errors(), tags=["settlement"])
+@router.post("/payout-halts/{rail}", status_code=204, responses=errors(), tags=["settlement"])
 async def halt_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rail, body: HaltBody) -> None:
     """Stop payouts on a chain, or on all (`payouts`): no planning, signing or sending."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         await halts.halt(
-            conn, rail=rail, actor=_actor(identity), reason=body.reason, now=services.clock.now()
+            conn, rail=rail, actor=actor_of(identity), reason=body.reason, now=services.clock.now()
         )
 
 
 @router.post(
-    "/payout-halts/{rail}/lift", status_code=204, responses=_errors(s404="not halted"), tags=["settlement"]
+    "/payout-halts/{rail}/lift", status_code=204, responses=errors(s404="not halted"), tags=["settlement"]
 )
 async def lift_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rail, body: HaltBody) -> None:
     """Let payouts run again."""
-    async with _work(services) as conn:
+    async with work(services) as conn:
         await halts.lift(
-            conn, rail=rail, actor=_actor(identity), reason=body.reason, now=services.clock.now()
+            conn, rail=rail, actor=actor_of(identity), reason=body.reason, now=services.clock.now()
         )
 
 
+router.include_router(bank_router)
 router.include_router(public_router)

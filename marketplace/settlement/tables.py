@@ -85,6 +85,37 @@ identity_checks: Final = Table(
     Column("changed_at", _AT, nullable=False),
 )
 
+bank_accounts: Final = Table(
+    "bank_accounts",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("person_id", Uuid, nullable=False),
+    Column("holder", Text, nullable=False),
+    Column("iban", Text, nullable=False),
+    Column("created_at", _AT, nullable=False),
+    Column("usable_at", _AT, nullable=False),
+    Column("retired_at", _AT),
+)
+
+bank_withdrawals: Final = Table(
+    "bank_withdrawals",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("person_id", Uuid, nullable=False),
+    Column("account_id", Uuid, nullable=False),
+    Column("amount_micro", BigInteger, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("idempotency_key", Text, nullable=False),
+    Column("input_hash", LargeBinary, nullable=False),
+    Column("hold_id", Uuid),
+    Column("decided_by", Text),
+    Column("reason", Text),
+    Column("paid_by", Text),
+    Column("reference", Text),
+    Column("created_at", _AT, nullable=False),
+    Column("changed_at", _AT, nullable=False),
+)
+
 payout_halts: Final = Table(
     "payout_halts",
     metadata,

@@ -29,7 +29,7 @@ from marketplace.settlement import address_book, kyc, people
 from marketplace.settlement.earnings import Reserve, lock_earnings
 from marketplace.settlement.eligibility import BrokenRule, Case, broken_rules
 from marketplace.settlement.errors import KeyReused, NotEligible, NotFound, WrongState
-from marketplace.settlement.tables import withdrawals
+from marketplace.settlement.tables import bank_withdrawals, withdrawals
 
 KEY_CHARACTERS_MAX: Final = 200
 PAGE_MAX: Final = 200
@@ -46,8 +46,8 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
 
 
-COUNTED: Final = (Status.REQUESTED, Status.PLANNED, Status.PAID)
-"""What counts towards the cumulative KYC limit."""
+GIVEN_UP: Final = (Status.FAILED.value, Status.CANCELLED.value)
+"""What does not count towards the cumulative KYC limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,15 +199,11 @@ async def _case(
     now: datetime,
 ) -> Case:
     entry = await address_book.find_in_use(conn, person, chain, address)
-    counted = select(func.coalesce(func.sum(withdrawals.c.amount_micro), 0)).where(
-        withdrawals.c.person_id == person, withdrawals.c.status.in_([s.value for s in COUNTED])
-    )
-    before = int(await conn.scalar(counted) or 0)
     tier = await kyc.tier_of(conn, person)
     return Case(
         amount=from_micro(amount.n),
         matured=matured,
-        withdrawn_before=from_micro(before),
+        withdrawn_before=await withdrawn_before(conn, person),
         bad_standing=(await people.bad_standings(conn, [person])).get(person),
         is_address_known=entry is not None,
         address_usable_at=None if entry is None else entry.usable_at,
@@ -216,6 +212,17 @@ async def _case(
         withdrawal_max=tier.withdrawal_max,
         total_max=tier.total_max,
     )
+
+
+async def withdrawn_before(conn: AsyncConnection, person: UUID) -> Nano:
+    """What was paid, or may still be, on chain and at the bank: what counts towards the KYC limit in all."""
+    total = 0
+    for table, given_up in ((withdrawals, GIVEN_UP), (bank_withdrawals, ("refused", "cancelled"))):
+        counted = select(func.coalesce(func.sum(table.c.amount_micro), 0)).where(
+            table.c.person_id == person, table.c.status.not_in(given_up)
+        )
+        total += int(await conn.scalar(counted) or 0)
+    return from_micro(total)
 
 
 async def _by_key(conn: AsyncConnection, person: UUID, key: str, inputs: bytes) -> Withdrawal | None:

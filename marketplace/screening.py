@@ -1,0 +1,50 @@
+"""One sanctions list for both directions: whom we never pay, and whose deposits wait for a person.
+
+Payouts and deposits keep lists of their own and do not know each other; they meet here.  A refresh replaces
+what an earlier list said, and leaves senders alone that a person has screened himself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from chain.errors import BadAddress
+from chain.evm.addresses import parse_address
+from marketplace.deposits import decisions
+from marketplace.deposits.tables import screened_senders
+from marketplace.platform.clock import Clock
+from marketplace.platform.database import transaction
+from marketplace.settlement import sanctions
+
+ACTOR: Final = "sanctions list"
+
+
+async def refresh(engine: AsyncEngine, clock: Clock, file: Path) -> int:
+    """Put a list in force for payout addresses and for senders of deposits; gives how many it names.
+
+    sanctions.BadList leaves both lists as they were.
+    """
+    addresses = await asyncio.to_thread(sanctions.read_list, file)
+    now, senders = clock.now(), {_spelled(address) for address in addresses}
+    async with transaction(engine) as conn:
+        await sanctions.refresh(conn, addresses, source=file.name, now=now)
+        t = screened_senders.c
+        before = set(await conn.scalars(select(t.address).where(t.added_by == ACTOR)))
+        for address in sorted(before - senders):
+            await decisions.unscreen_sender(conn, address)
+        for address in sorted(senders - before):
+            await decisions.screen_sender(conn, address, actor=ACTOR, reason=file.name, now=now)
+    return len(addresses)
+
+
+def _spelled(address: str) -> str:
+    """As the readers spell a sender: EVM addresses with their checksum, others as they are."""
+    try:
+        return parse_address(address)
+    except BadAddress:
+        return address
