@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 import typer
@@ -538,6 +538,59 @@ def batch_rules(
     _with_book(
         data_dir,
         lambda engine, _, clock: commands.change_rules(engine, clock, rules, actor=actor, reason=reason),
+    )
+
+
+@batch_app.command("rebalance")
+def batch_rebalance(
+    amount: Annotated[str, typer.Argument(help="USDC.")],
+    source: Annotated[str, typer.Option("--from", help="The chain whose escrow it left, or `card`.")],
+    target: Annotated[Chain, typer.Option("--to", help="The chain whose escrow it arrived in.")],
+    ref: Annotated[str, typer.Option(help="The movement's own name: the transaction that left.")],
+    actor: Annotated[str, typer.Option("--as", help="Who decides.")],
+    reason: Annotated[str, typer.Option(help="Why; kept for ever.")],
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Book USDC that people moved between escrows, or bought with card money, once it has arrived."""
+    from marketplace.settlement import commands
+
+    with _plain_errors():
+        moved = parse_usdc(amount)
+        origin: Chain | Literal["card"] = "card" if source == "card" else Chain(source)
+    _with_book(
+        data_dir,
+        lambda engine, *_: commands.rebalance(
+            engine,
+            origin,
+            target,
+            moved,
+            ref=ref,
+            actor=actor,
+            reason=reason,
+        ),
+    )
+
+
+@batch_app.command("tier")
+def batch_tier(
+    tier: Annotated[str, typer.Argument(help="`none`, `identity`, or a tier of your own.")],
+    actor: Annotated[str, typer.Option("--as", help="Who decides.")],
+    reason: Annotated[str, typer.Option(help="Why; kept for ever.")],
+    withdrawal_max: Annotated[str | None, typer.Option(help="USDC at once; without it, no limit.")] = None,
+    total_max: Annotated[str | None, typer.Option(help="USDC in all; without it, no limit.")] = None,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Change how much a KYC tier lets out."""
+    from marketplace.settlement import commands
+
+    with _plain_errors():
+        at_once = None if withdrawal_max is None else parse_usdc(withdrawal_max)
+        total = None if total_max is None else parse_usdc(total_max)
+    _with_book(
+        data_dir,
+        lambda engine, _, clock: commands.change_tier(
+            engine, clock, tier, withdrawal_max=at_once, total_max=total, actor=actor, reason=reason
+        ),
     )
 
 

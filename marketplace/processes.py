@@ -102,7 +102,7 @@ async def run_settler(settings: Settings, which: Sequence[Chain]) -> None:
                 stop,
                 settler_dir=settings.settler_dir,
                 which=which,
-                schedule=Schedule(),
+                schedule=Schedule(plan_every_s=settings.plan_every_s),
             )
         )
         for chain in which:

@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     """API key of an account of the platform's that buys canary requests like anybody; empty = none."""
     canary_every_s: int = Field(default=300, ge=1)
 
+    plan_every_s: int | None = Field(default=None, ge=60)
+    """How often the settler plans a batch of each chain by itself; None: when somebody asks."""
+
     settler_dir: Path = Path("var/settler")
     """Gas keys and the Solana address pool's seed: only the settler's machine has this folder."""
 
@@ -142,12 +145,12 @@ class Settings(BaseSettings):
             raise ValueError("TOLLWAY_STRIPE_WEBHOOK_SECRET is empty: anybody could send Stripe's events")
         if not self.database_url.get_secret_value():
             raise ValueError("TOLLWAY_DATABASE_URL is not set (`tollway up` starts a database and sets it)")
-        if self.environment is Environment.PRODUCTION and (
-            self.reserve_s < DAY_S or self.card_reserve_s < 7 * DAY_S or self.cooling_s < 2 * DAY_S or not 0 < self.step_up_s <= STEP_UP_S_MAX
-        ):
+        is_hasty = self.reserve_s < DAY_S or self.card_reserve_s < 7 * DAY_S or self.cooling_s < 2 * DAY_S
+        is_loose = not 0 < self.step_up_s <= STEP_UP_S_MAX
+        if self.environment is Environment.PRODUCTION and (is_hasty or is_loose):
             raise ValueError(
-                "reserve (24 h, 7 days) and cooling (48 h) times can be shortened, and step-up (5 minutes) loosened, "
-                "in development only"
+                "reserve (24 h, by card 7 days) and cooling (48 h) times can be shortened, and step-up "
+                "(5 minutes) loosened, in development only"
             )
         return self
 

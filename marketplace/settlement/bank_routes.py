@@ -1,4 +1,4 @@
-"""Bank accounts and withdrawals to them: an operator's own; and what admins approve, refuse, report as sent."""
+"""Bank accounts and withdrawals to them: operators' own; and what admins approve, refuse, report sent."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import getpass
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -21,7 +21,7 @@ from chain.units import Micro
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.platform.settings import ChainsConfig, load_chains
-from marketplace.settlement import batches, halts, payout_rules, plan_requests, signing, treasury
+from marketplace.settlement import batches, halts, kyc, payout_rules, plan_requests, signing, treasury
 from marketplace.settlement.consents import consent_of
 from marketplace.settlement.earnings import Reserve
 from marketplace.settlement.errors import ExportRefused
@@ -213,6 +213,46 @@ async def expire_unsigned(
     """See `Settler.expire_unsigned`; needs the settler's keys, so it runs on his machine."""
     async with open_rails(chains, settler_dir, [chain]) as rails:
         await Settler(engine, rails[chain], clock).expire_unsigned(actor=actor, reason=reason)
+
+
+async def rebalance(
+    engine: AsyncEngine,
+    source: Chain | Literal["card"],
+    target: Chain,
+    amount: Micro,
+    *,
+    ref: str,
+    actor: str,
+    reason: str,
+) -> None:
+    """Book USDC that people moved into a chain's escrow; see `treasury.rebalance`."""
+    async with transaction(engine) as conn:
+        await treasury.rebalance(
+            conn, source=source, target=target, amount=amount, ref=ref, actor=actor, reason=reason
+        )
+
+
+async def change_tier(
+    engine: AsyncEngine,
+    clock: Clock,
+    tier: str,
+    *,
+    withdrawal_max: Micro | None,
+    total_max: Micro | None,
+    actor: str,
+    reason: str,
+) -> None:
+    """Put other limits of a KYC tier in force; None: no limit."""
+    async with transaction(engine) as conn:
+        await kyc.change_tier(
+            conn,
+            tier,
+            withdrawal_max=withdrawal_max,
+            total_max=total_max,
+            actor=actor,
+            reason=reason,
+            now=clock.now(),
+        )
 
 
 async def change_rules(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from chain.networks import Chain
 from chain.payouts import Payout
+from chain.units import Micro
 from marketplace.ledger.money import dollars
 from marketplace.platform.database import transaction
 from marketplace.platform.http import (
@@ -20,6 +21,7 @@ from marketplace.platform.http import (
     ServicesDep,
 )
 from marketplace.settlement import batches, statement, treasury
+from marketplace.settlement.answers import actor_of, errors, work
 from marketplace.settlement.digest import merkle_proof
 from marketplace.settlement.earnings import Reserve
 from marketplace.settlement.errors import NotFound
@@ -130,6 +132,20 @@ class ChainCoverBody(BaseModel):
     in_flight_nano: str
     requested_nano: str
     left_nano: str
+
+
+class Rebalancing(BaseModel):
+    """USDC that people moved into an escrow."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: Chain | Literal["card"] = Field(
+        description="whose escrow it left; `card`: bought with card money"
+    )
+    target: Chain = Field(description="whose escrow it arrived in")
+    amount_micro: Annotated[int, Field(gt=0, le=10**15)]
+    ref: Annotated[str, Field(min_length=1, max_length=200, description="the movement's own name")]
+    reason: Annotated[str, Field(min_length=1, max_length=800)]
 
 
 class CoverBody(BaseModel):
@@ -283,3 +299,23 @@ async def get_treasury(services: ServicesDep, identity: AdminIdentity) -> CoverB
         broken=list(cover.broken()),
         warnings=list(cover.warnings()),
     )
+
+
+@router.post(
+    "/treasury/rebalancings",
+    status_code=204,
+    responses=errors(s409="it has not arrived, the source has less, or the ref names another movement"),
+    tags=["settlement"],
+)
+async def book_rebalancing(services: ServicesDep, identity: AdminIdentity, body: Rebalancing) -> None:
+    """Book USDC moved between escrows, or bought with card money, once it has arrived; twice is once."""
+    async with work(services) as conn:
+        await treasury.rebalance(
+            conn,
+            source=body.source,
+            target=body.target,
+            amount=Micro(body.amount_micro),
+            ref=body.ref,
+            actor=actor_of(identity),
+            reason=body.reason,
+        )
