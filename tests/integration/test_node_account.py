@@ -21,7 +21,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from typer.testing import CliRunner
 
 from chain.networks import BASE, ETHEREUM, SOLANA
+from marketplace.catalog.models import Tier, TokenizerFiles, add_model
 from marketplace.fabric.requirement_routes import router as requirement_router
+from marketplace.fabric.routes import router as fabric_router
+from marketplace.platform.database import transaction
 from marketplace.platform.http import Identity, Refusal, Services, install_error_handlers
 from marketplace.platform.settings import (
     ChainsConfig,
@@ -30,6 +33,7 @@ from marketplace.platform.settings import (
     Settings,
     SolanaChainConfig,
 )
+from marketplace.reputation.routes import router as reputation_router
 from marketplace.settlement.routes import router
 from node_agent import chain_check, config
 from node_agent.cli import app as node_app
@@ -105,8 +109,8 @@ async def terminal(
 ) -> AsyncIterator[Terminal]:
     monkeypatch.delenv("TOLLWAY_API_KEY", raising=False)
     desk, keys, app = Desk(engine), Keys(), FastAPI()
-    app.include_router(router)
-    app.include_router(requirement_router)
+    for part in (router, requirement_router, fabric_router, reputation_router):
+        app.include_router(part)
     install_error_handlers(app)
     settings = Settings(
         environment=Environment.DEVELOPMENT,
@@ -235,6 +239,33 @@ async def test_a_proof_of_another_amount_is_not_proven(
             result = await terminal.type("payouts", "verify", str(made.id))
             assert (result.exit_code, "NOT PROVEN" in result.stderr) == (3, True), lies
         await runner.cleanup()
+
+
+async def test_status_and_standing_are_the_marketplaces(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOLLWAY_API_KEY", KEY)
+    told = json.loads((await terminal.type("status", "--json")).stdout)
+    assert told["is_running"] is False
+    assert (told["account"]["trouble"], told["account"]["report"]["nodes"]) == ("", [])
+    assert told["account"]["standing"]["standing"] == "good"
+    assert (await terminal.told("standing"))["standing"] == "good"
+    refused = await terminal.type("dispute", "nothing is held")
+    assert (refused.exit_code, "409" in refused.stderr) == (1, True)
+
+
+async def test_requirements_name_the_pinned_tokenizer(terminal: Terminal) -> None:
+    files = TokenizerFiles(b"{}", "{{ x }}", {})
+    async with transaction(terminal.desk.engine) as connection:
+        await add_model(connection, name="a/b", tier=Tier.SMALL, context=4096, files=files)
+    url = config.load_config(terminal.folder).api + "/api/nodes/requirements"
+    async with aiohttp.ClientSession() as client:
+        async with client.get(url, params={"model": "a/b"}) as answer:
+            assert await answer.json() == {"model": "a/b", "context": 4096, "tokenizer_sha256": files.sha256}
+        async with client.get(url, params={"model": "other"}) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (404, "model_not_found")
+        async with client.get(url, params={"model": "x" * 201}) as answer:
+            assert answer.status == 400
 
 
 # -- the chain itself ---------------------------------------------------------------------------------
