@@ -145,13 +145,14 @@ class Settings(BaseSettings):
             raise ValueError("TOLLWAY_STRIPE_WEBHOOK_SECRET is empty: anybody could send Stripe's events")
         if not self.database_url.get_secret_value():
             raise ValueError("TOLLWAY_DATABASE_URL is not set (`tollway up` starts a database and sets it)")
-        is_hasty = self.reserve_s < DAY_S or self.card_reserve_s < 7 * DAY_S or self.cooling_s < 2 * DAY_S
-        is_loose = not 0 < self.step_up_s <= STEP_UP_S_MAX
-        if self.environment is Environment.PRODUCTION and (is_hasty or is_loose):
+        if self.environment is Environment.PRODUCTION and (
+            self.reserve_s < DAY_S or self.card_reserve_s < 7 * DAY_S or self.cooling_s < 2 * DAY_S
+        ):
             raise ValueError(
-                "reserve (24 h, by card 7 days) and cooling (48 h) times can be shortened, and step-up "
-                "(5 minutes) loosened, in development only"
+                "reserve (24 h, by card 7 days) and cooling (48 h) times can be shortened in development only"
             )
+        if self.environment is Environment.PRODUCTION and not 0 < self.step_up_s <= STEP_UP_S_MAX:
+            raise ValueError("step-up (5 minutes) can be loosened in development only")
         return self
 
     @property
