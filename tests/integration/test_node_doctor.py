@@ -1,11 +1,14 @@
 """What `tollway-node doctor` finds, each trouble made for real, and what it says to do."""
 
-import asyncio
+import contextlib
 import json
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,10 +17,10 @@ from typing import Any
 import pytest
 
 from marketplace.catalog.models import read_model_folder
-from node_agent import config, doctor
+from node_agent import config
 from node_agent.config import EngineSettings, Model
 from node_agent.doctor import Finding, examine, is_healthy
-from node_agent.identity import create_identity
+from node_agent.identity import KEY_FILE, create_identity, load_identity
 from node_agent.service import EngineView, LocalStatus
 from node_agent.tokenizer_digest import NoTokenizerError, digest_of
 
@@ -89,26 +92,41 @@ def world() -> Iterator[World]:
     server.server_close()
 
 
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose key the fabric lets in."""
+    folder = tmp_path_factory.mktemp("known")
+    create_identity(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fabric(known: Path) -> Iterator[str]:
+    """A nats-server that lets in one nkey."""
+    settings, port = known / "nats.conf", free_port()
+    key = load_identity(known).public_key
+    settings.write_text(f"authorization {{ users = [ {{ nkey: {key} }} ] }}")
+    binary = Path(sys.executable).with_name("nats-server")
+    command = [binary, "-a", "127.0.0.1", "-p", str(port), "-c", settings, "-l", known / "log"]
+    server = subprocess.Popen(command)
+    for _ in range(200):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
+            break
+        time.sleep(0.05)
+    yield f"nats://127.0.0.1:{port}"
+    server.terminate()
+    server.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture
-async def fabric() -> AsyncIterator[str]:
-    """Speaks NATS as far as a greeting and a pong."""
-
-    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        info = {"server_id": "S", "version": "2.15.1", "max_payload": 1048576, "nonce": "n" * 16}
-        writer.write(b"INFO " + json.dumps(info).encode() + b"\r\n")
-        while line := await reader.readline():
-            if line.startswith(b"PING"):
-                writer.write(b"PONG\r\n")
-        writer.close()
-
-    server = await asyncio.start_server(greet, "127.0.0.1", 0)
-    yield f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    server.close()
-
-
-@pytest.fixture
-def folder(tmp_path: Path, world: World, fabric: str) -> Path:
-    create_identity(tmp_path)
+def folder(tmp_path: Path, world: World, fabric: str, known: Path) -> Path:
+    shutil.copy2(known / KEY_FILE, tmp_path / KEY_FILE)
     config.write_settings(tmp_path, node_id="n1", api=world.url, nats_url=fabric)
     model = Model(name="m", input="0.1", output="0.2", context=4096, tokenizer_sha256="a" * 64)
     world.tokenizer = "a" * 64
@@ -154,9 +172,7 @@ async def test_troubles_with_engine_and_tokenizer(folder: Path, world: World) ->
 
 
 async def test_nothing_answers(folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config.write_settings(
         folder, node_id="n1", api=f"http://127.0.0.1:{port}", nats_url=f"nats://127.0.0.1:{port}"
     )
@@ -166,9 +182,16 @@ async def test_nothing_answers(folder: Path) -> None:
         assert told[check].advice
 
 
+async def test_a_node_the_fabric_does_not_know_is_told_to_enrol(folder: Path) -> None:
+    (folder / KEY_FILE).unlink()
+    create_identity(folder)
+    fabric = (await found(folder))["fabric"]
+    assert (fabric.state, "was revoked" in fabric.advice, "enroll" in fabric.advice) == ("failed", True, True)
+
+
 async def test_a_full_disk_and_a_key_open_to_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = doctor.shutil.disk_usage(folder)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     (folder / "key.seed").chmod(0o644)
     told = await found(folder)
     assert told["disk"].state == "failed"
