@@ -51,6 +51,8 @@ from marketplace.gateway.quote import router as quote_router
 from marketplace.gateway.receipts_routes import router as receipts_router
 from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.routes import router as gateway_router
+from marketplace.gateway.statistics_routes import router as statistics_router
+from marketplace.gateway.usage_routes import router as usage_router
 from marketplace.gateway.workers import METRICS_FOLDER
 from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.money import Nano
@@ -165,7 +167,7 @@ class Gateway:
             chat_router, quote_router, catalog_router, gateway_router, accounts_router,
             deposits_router, fabric_router, settlement_router,
             notices_router, requirement_router, stripe_router, reputation_router,
-            receipts_router,
+            receipts_router, usage_router, statistics_router,
         ):  # fmt: skip
             app.include_router(router)
         self._add_operations(app)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated, Any, Literal
-from uuid import UUID
+from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from marketplace.gateway.ports import ModelFacts
-from marketplace.ledger import usage as ledger_usage
 from marketplace.ledger.accounts import buyer as buyer_account
-from marketplace.ledger.accounts import find_account, operator_earnings, read_balance
-from marketplace.ledger.charges import Charge
+from marketplace.ledger.accounts import operator_earnings, read_balance
 from marketplace.ledger.money import Nano, dollars
 from marketplace.platform.http import AccountIdentity, Refusal, RefusalOut, ServicesDep
 from marketplace.routing.choice import Exclusion, Question, exclusion
@@ -127,95 +123,4 @@ async def balance(identity: AccountIdentity, services: ServicesDep) -> BalanceOu
         available=dollars(posted - held),
         available_nano=(posted - held).n,
         earnings=dollars(earnings.posted if earnings else zero),
-    )
-
-
-class UsageRow(BaseModel):
-    """One request: what it was, who served it, what it cost."""
-
-    id: UUID
-    timestamp: datetime
-    model: str
-    status: int
-    prompt_tokens: int
-    completion_tokens: int
-    counted_by: str
-    cost: str = Field(description="Dollars, decimal string")
-    cost_nano: int
-    operator_nano: int
-    platform_nano: int
-    price_version: int
-    node: UUID | None
-    key_id: UUID | None
-    latency_ms: int
-    ttft_ms: int | None
-    finish_reason: str | None
-    stream: bool
-
-
-class UsageOut(BaseModel):
-    data: list[UsageRow]
-    next_before: UUID | None = Field(description="Give this as `before` for the next page; null at the end")
-
-
-def _usage_row(charge: Charge) -> UsageRow:
-    return UsageRow(
-        id=charge.id,
-        timestamp=charge.made_at,
-        model=charge.model,
-        status=charge.status,
-        prompt_tokens=charge.tok_in,
-        completion_tokens=charge.tok_out,
-        counted_by=charge.counted_by.name.lower(),
-        cost=dollars(charge.amount),
-        cost_nano=charge.amount.n,
-        operator_nano=(charge.amount - charge.fee).n,
-        platform_nano=charge.fee.n,
-        price_version=charge.price_version,
-        node=charge.node,
-        key_id=charge.key_id,
-        latency_ms=charge.latency_ms,
-        ttft_ms=charge.ttft_ms,
-        finish_reason=charge.finish,
-        stream=charge.stream,
-    )
-
-
-@router.get("/api/usage", tags=["account"], responses={**REFUSALS, 400: {"model": RefusalOut}})
-async def usage(
-    identity: AccountIdentity,
-    services: ServicesDep,
-    limit: Annotated[int, Query(ge=1, le=ledger_usage.PAGE_ROWS_MAX)] = 100,
-    before: UUID | None = None,
-    model: Annotated[str | None, Query(max_length=200)] = None,
-    key_id: UUID | None = None,
-    node: UUID | None = None,
-    status: Annotated[int | None, Query(ge=100, le=599)] = None,
-    since: datetime | None = None,
-    until: datetime | None = None,
-    role: Literal["buyer", "operator"] = "buyer",
-) -> UsageOut:
-    """The caller's requests (or, as an operator, those served), newest first, by keyset."""
-    person = str(identity.person_id)
-    if (since is not None and since.tzinfo is None) or (until is not None and until.tzinfo is None):
-        raise Refusal(400, "invalid_request", "since and until need a time zone, such as a trailing Z")
-    account = buyer_account(person) if role == "buyer" else operator_earnings(person)
-    async with services.engine.connect() as connection:
-        account_id = await find_account(connection, account)
-        if account_id is None:
-            return UsageOut(data=[], next_before=None)
-        selection = ledger_usage.Selection(
-            buyer=account_id if role == "buyer" else None,
-            operator=account_id if role == "operator" else None,
-            model=model,
-            key_id=key_id,
-            node=node,
-            status=status,
-            since=since,
-            until=until,
-        )
-        charges = await ledger_usage.page(connection, selection, limit=limit, before=before)
-    return UsageOut(
-        data=[_usage_row(charge) for charge in charges],
-        next_before=charges[-1].id if len(charges) == limit else None,
     )
