@@ -20,6 +20,7 @@ from nats.aio.client import Client
 
 from node_agent import protocol, relay
 from node_agent.config import Config, EngineSettings, Model, add_engine, set_price, write_first_config
+from node_agent.engines.openai_stream import OpenAIClient
 from node_agent.identity import create_identity
 from node_agent.service import Service
 
@@ -671,6 +672,68 @@ async def test_agent_returns_when_the_fabric_does(engine: FakeEngine, tmp_path: 
         server.wait()
     service.stop()
     await asyncio.wait_for(running, 15)
+
+
+async def test_several_engines_and_models_each_by_its_own_name(
+    engine: FakeEngine, gateway: Client, nats_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two names of one engine, and an engine that is down and takes nothing with it."""
+    monkeypatch.setattr(protocol, "STATUS_EVERY_MS", 300)
+
+    def offered(name: str) -> Model:
+        return Model(name=name, input=Decimal(1), output=Decimal(2), context=2048, engine_name="engine-name")
+
+    engines = [
+        EngineSettings(name="up", kind="attach", url=engine.url, models=[offered("a"), offered("b")]),
+        EngineSettings(name="down", kind="attach", url="http://127.0.0.1:1", models=[offered("c")]),
+    ]
+    config = Config(node_id=NODE, api="http://127.0.0.1:1", nats_url=nats_url, engines=engines)
+    service = Service(config, create_identity(tmp_path), tmp_path, version="test")
+    made = Agent(service, gateway, tmp_path)
+
+    async def on_status(message: nats.aio.msg.Msg) -> None:
+        made.statuses.append(protocol.decode_status(message.data))
+
+    await gateway.subscribe(protocol.status_subject(NODE), cb=on_status)
+    await gateway.flush()
+    running = asyncio.create_task(service.run())
+    status = await made.until_status(lambda status: status.models[0].is_ready)
+    assert [(model.name, model.is_ready) for model in status.models] == [
+        ("a", True),
+        ("b", True),
+        ("c", False),
+    ]
+    for name in ("a", "b"):
+        reply = await made.ask(model=name)
+        await reply.all()
+        assert reply.text == "Hello world"
+    refused = (await (await made.ask(model="c")).all())[-1]
+    assert (refused.code, refused.is_retriable) == (protocol.FailureCode.ENGINE_DOWN, True)
+    service.stop()
+    await asyncio.wait_for(running, 10)
+
+
+async def test_an_engine_that_closes_kept_connections_fails_no_request() -> None:
+    """It answers one request a connection and drops the next unread, as idle limits do in the worst case."""
+    served = 0
+
+    async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", head)[1]))
+        content = b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        served += 1
+        await reader.read(1)
+        writer.close()
+
+    server = await asyncio.start_server(once, "127.0.0.1", 0)
+    client = OpenAIClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "")
+    for _ in range(3):
+        await client.warm_up("m")
+    await client.close()
+    server.close()
+    assert served == 3
 
 
 async def test_nothing_said_is_written_down(
