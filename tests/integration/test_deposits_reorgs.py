@@ -6,163 +6,46 @@ The watcher is driven tick by tick, the node makes blocks only when told.
 from __future__ import annotations
 
 import asyncio
-import os
-import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import msgspec
 import pytest
-from sqlalchemy import insert, select
+from deposits_nodes import LAG, EvmTown, Town, a_base_town, a_town, start_base
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from chain.evm.reader import EvmReader
-from chain.evm.rpc import JsonRpc
-from chain.localnet import evm as localnet
-from chain.localnet import settings as localnet_settings
+from chain.errors import Reverted
 from chain.localnet.evm import Anvil, EvmDeployment
 from chain.localnet.solana import deploy, fund
 from chain.localnet.solana_vm.server import serving
 from chain.localnet.solana_wallet import SolanaWallet
-from chain.networks import BASE
-from chain.ports import ChainReader
+from chain.solana.deposits import PoolAddress, prepare_pool_address
 from chain.solana.keystore import from_seed
 from chain.solana.reader import SolanaReader
-from chain.solana.rpc import SolanaRpc
+from chain.solana.rpc import LatestBlockhash, SolanaRpc
 from chain.units import Micro
-from marketplace.deposits.booking import Rules
-from marketplace.deposits.cursor import load_cursor
-from marketplace.deposits.reconcile import check_chain
-from marketplace.deposits.tables import deposit_addresses, deposits, solana_pool
-from marketplace.deposits.watcher import Pace, Watcher
-from marketplace.ledger import accounts
-from marketplace.ledger.accounts import read_balance
-from marketplace.platform.clock import SystemClock
-from marketplace.platform.database import transaction
+
+T = TypeVar("T")
 
 pytestmark = [pytest.mark.chains]
-
-EPOCH = 3
-LAG = 2 * EPOCH
-"""Blocks the finalized one is behind."""
-OWNERS = [bytes([i]) * 32 for i in (1, 2, 3)]
-CLOCK = SystemClock()
 
 
 @pytest.fixture(scope="module")
 def anvil(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Anvil, EvmDeployment]]:
     """One for all depths: each test brings a book of its own, and starts above the newest final block."""
-    settings = msgspec.structs.replace(localnet_settings.read().base, slots_in_an_epoch=EPOCH)
-    folder = tmp_path_factory.mktemp("reorgs")
-
-    async def start() -> tuple[Anvil, EvmDeployment]:
-        node = await Anvil.start(BASE, settings, folder)
-        async with JsonRpc(node.url) as rpc:
-            there = await localnet.deploy(rpc, BASE, settings, [localnet.address_of(key) for key in OWNERS])
-            await rpc.call("evm_setIntervalMining", 0, shape=msgspec.Raw)
-            await rpc.call("evm_setAutomine", True, shape=msgspec.Raw)
-        return node, there
-
-    node, there = asyncio.run(start())
+    node, there = asyncio.run(start_base(tmp_path_factory.mktemp("reorgs")))
     yield node, there
     asyncio.run(node.stop())
-
-
-@dataclass
-class Town:
-    """One chain, its watcher, one buyer."""
-
-    engine: AsyncEngine
-    reader: ChainReader
-    watcher: Watcher
-    person: uuid.UUID
-    address: str
-    escrow: str
-
-    async def settle(self) -> None:
-        for _ in range(50):
-            if not await self.watcher.tick():
-                return
-        raise AssertionError("the watcher never came to rest")
-
-    async def micro(self) -> int:
-        async with transaction(self.engine) as conn:
-            found = await read_balance(conn, accounts.buyer(str(self.person)))
-        return found.posted.n // 1000 if found else 0
-
-    async def statuses(self) -> dict[str, str]:
-        async with transaction(self.engine) as conn:
-            rows = await conn.execute(select(deposits.c.tx, deposits.c.status))
-            return {row.tx: row.status for row in rows}
-
-    async def is_halted(self) -> bool:
-        async with transaction(self.engine) as conn:
-            cursor = await load_cursor(conn, self.reader.chain)
-        assert cursor is not None
-        assert cursor.halt is None or cursor.halt.by == "watcher"
-        return cursor.halt is not None
-
-    async def books_hold(self) -> None:
-        for result in await check_chain(self.engine, self.reader, self.escrow, patience_s=5):
-            assert result.is_equal, result
-
-
-async def a_town(engine: AsyncEngine, reader: ChainReader, escrow: str, address: str, watched: str) -> Town:
-    person = uuid.uuid4()
-    family = "evm" if reader.chain.is_evm else "solana"
-    async with transaction(engine) as conn:
-        if family == "solana":
-            row = {"pool_index": 0, "owner": address, "token_account": watched, "person_id": person}
-            await conn.execute(insert(solana_pool).values(**row, ready_at=CLOCK.now()))
-        await conn.execute(
-            insert(deposit_addresses).values(
-                person_id=person,
-                chain_family=family,
-                address=address,
-                watched=watched,
-                salt=person.bytes * 2 if family == "evm" else None,
-                pool_index=0 if family == "solana" else None,
-                created_at=CLOCK.now(),
-            )
-        )
-    pace = Pace(blocks_per_tick=4)
-    watcher = Watcher(Rules(reader.chain, escrow, 5_000_000), reader, engine, CLOCK, pace=pace)
-    town = Town(engine, reader, watcher, person, address, escrow)
-    await town.settle()
-    return town
 
 
 # ── Base, on anvil ────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
-class EvmTown(Town):
-    rpc: JsonRpc
-
-    async def pay(self, usdc: int) -> str:
-        tx = await localnet.fund(self.rpc, BASE, self.address, usdc=Micro(usdc * 1_000_000))
-        assert tx is not None
-        return tx
-
-    async def mine(self, blocks: int) -> None:
-        if blocks:
-            await localnet.mine(self.rpc, blocks)
-
-    async def reorg(self, depth: int, *again: str) -> None:
-        """Replace the newest `depth` blocks; `again` are raw transactions for the newest of the new ones."""
-        placed = [[raw, depth - 1] for raw in again]
-        await self.rpc.call("anvil_reorg", depth, placed, shape=msgspec.Raw)
-
-
 @pytest.fixture
 async def base(engine: AsyncEngine, anvil: tuple[Anvil, EvmDeployment]) -> AsyncIterator[EvmTown]:
-    node, there = anvil
-    async with JsonRpc(node.url) as rpc:
-        await localnet.mine(rpc, LAG + 2)
-        address = localnet.address_of(os.urandom(32))
-        town = await a_town(engine, EvmReader(BASE, rpc), there.safe, address, address)
-        yield EvmTown(**vars(town), rpc=rpc)
+    async with a_base_town(engine, anvil) as town:
+        yield town
 
 
 @pytest.mark.parametrize("depth", range(1, LAG + 1))
@@ -229,12 +112,16 @@ class SolanaTown(Town):
     async def tick(self, slots: int) -> None:
         await self.rpc.call("dev_tick", [slots], int)
 
-    async def pay(self, usdc: int) -> str:
-        paying = asyncio.create_task(self.wallet.pay(self.address, Micro(usdc * 1_000_000)))
-        while not paying.done():
+    async def passing(self, work: Awaitable[T]) -> T:
+        """Let slots pass until `work` is done."""
+        doing = asyncio.ensure_future(work)
+        while not doing.done():
             await asyncio.sleep(0.01)
             await self.tick(1)
-        return await paying
+        return await doing
+
+    async def pay(self, usdc: int) -> str:
+        return await self.passing(self.wallet.pay(self.address, Micro(usdc * 1_000_000)))
 
     async def fork(self, slots: int, *, reuse: bool) -> None:
         await self.rpc.call("dev_fork", [slots, {"reuse": reuse}], int)
@@ -301,3 +188,31 @@ async def test_a15_a_solana_fork_below_finality_halts_the_chain(solana: SolanaTo
     await solana.settle()
     assert await solana.is_halted()
     assert (await solana.statuses(), await solana.micro()) == ({paid: "final"}, 9_000_000)
+
+
+async def test_a_pool_address_whose_blockhash_expired_is_made_at_the_next_try(
+    solana: SolanaTown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is paid with a blockhash, so trying again is harmless; what pays rides on a durable nonce."""
+    gas_key, multisig = from_seed(bytes([4]) * 32), str(from_seed(bytes([1]) * 32).pubkey())
+    await solana.passing(fund(solana.rpc, str(gas_key.pubkey()), lamports=10**10))
+    stale = await solana.rpc.latest_blockhash()
+    await solana.tick(700)  # a blockhash lives for 150 blocks; of idle slots every fourth has one
+
+    def prepare() -> Awaitable[PoolAddress]:
+        return solana.passing(
+            prepare_pool_address(solana.rpc, gas_key, bytes(range(32)), 7, multisig=multisig)
+        )
+
+    async def old() -> LatestBlockhash:
+        return stale
+
+    with monkeypatch.context() as patched:
+        patched.setattr(solana.rpc, "latest_blockhash", old)
+        with pytest.raises(Reverted, match="Blockhash not found"):
+            await prepare()
+    made = await prepare()
+    assert await solana.rpc.account(made.token_account, "confirmed") is not None
+    before = await solana.rpc.call("getTransactionCount", [], int)
+    assert await prepare() == made
+    assert await solana.rpc.call("getTransactionCount", [], int) == before

@@ -18,10 +18,10 @@ from chain.ports import BlockFacts, WatchSet
 from chain.simulated import Movement, SimulatedChain
 from chain.units import Micro
 from marketplace.deposits import service
-from marketplace.deposits.cursor import halt_chain, load_cursor, resume_chain
+from marketplace.deposits.cursor import halt_chain, load_cursor, resume_chain, save_cursor
 from marketplace.deposits.decisions import attribute_deposit, leave_deposit, open_cases, screen_sender
 from marketplace.deposits.early import EarlyCredit
-from marketplace.deposits.errors import NoDecision
+from marketplace.deposits.errors import NoDecision, Superseded
 from marketplace.deposits.explain import explain_transaction
 from marketplace.deposits.routes import _changes
 from marketplace.deposits.tables import (
@@ -219,6 +219,26 @@ async def test_strangers_money_is_set_aside_with_a_case(bench: Bench) -> None:
     await bench.books_hold()
 
 
+async def test_a30_a_transfer_told_twice_in_one_answer_is_one_credit(bench: Bench) -> None:
+    """A node's pages may overlap: what it repeats has the same key."""
+    person, address = await bench.a_buyer()
+    watcher = await start(bench)
+    real = bench.node.blocks
+
+    async def repeating(start: int, end: int, watch: WatchSet) -> list[BlockFacts]:
+        return [replace(block, inbound=2 * block.inbound) for block in await real(start, end, watch)]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SimulatedChain, "blocks", lambda _, *range_and_watch: repeating(*range_and_watch))
+        bench.node.mine(bench.pays(address, 7), bench.pays(address, 2), bench.pays(ESCROW, 3))
+        await bench.settle(watcher)
+        await final(bench, watcher, bench.pays(ESCROW, 7, sender=address))
+    assert await bench.buyer(person) == 7_000_000_000
+    assert await bench.balance(accounts.unattributed("base")) == 5_000_000_000
+    assert await bench.cases() == ["no_reference"]
+    await bench.books_hold()
+
+
 async def test_a18_cursor_from_an_old_backup_changes_nothing(bench: Bench) -> None:
     person, address = await bench.a_buyer()
     watcher = bench.a_watcher()
@@ -297,6 +317,20 @@ async def test_two_watchers_without_a_lock_still_credit_once(bench: Bench) -> No
         await bench.settle(rival)
     assert await bench.buyer(person) == 30_000_000_000
     await bench.books_hold()
+
+
+async def test_a19_a_cursor_that_another_moved_cannot_be_written(bench: Bench) -> None:
+    await bench.settle(bench.a_watcher())
+    async with transaction(bench.engine) as conn:
+        cursor = await load_cursor(conn, Chain.BASE)
+    assert cursor is not None
+    bench.node.mine()
+    bench.node.finalize()
+    await bench.settle(bench.a_watcher())
+    async with transaction(bench.engine) as conn:
+        with pytest.raises(Superseded):
+            await save_cursor(conn, cursor, cursor.window, head_height=9, now=bench.clock.now())
+        assert (await conn.scalar(select(chain_cursors.c.final_height))) == 1
 
 
 class Crash(Exception):
