@@ -121,12 +121,26 @@ def routes() -> list[tuple[str, re.Pattern[str]]]:
     from marketplace.deposits.routes import router as deposits
     from marketplace.fabric.routes import router as fabric
     from marketplace.gateway.openapi import router as chat
+    from marketplace.gateway.receipts_routes import router as receipts
     from marketplace.gateway.routes import router as gateway
+    from marketplace.gateway.statistics_routes import router as statistics
+    from marketplace.gateway.usage_routes import router as usage
     from marketplace.notices.routes import router as notices
     from marketplace.settlement.routes import router as settlement
 
     found = []
-    for router in (accounts, chat, deposits, fabric, gateway, notices, settlement):
+    for router in (
+        accounts,
+        chat,
+        deposits,
+        fabric,
+        gateway,
+        notices,
+        receipts,
+        settlement,
+        statistics,
+        usage,
+    ):
         for route in router.routes:
             path: str = getattr(route, "path", "")
             parts = ("[^/]+" if part.startswith("{") else re.escape(part) for part in path.split("/"))
