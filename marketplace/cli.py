@@ -24,6 +24,7 @@ from chain.errors import ChainError
 from chain.networks import Chain
 from chain.units import parse_usdc
 from marketplace.cli_deposits import deposits_app
+from marketplace.cli_nats import nats_config
 from marketplace.gateway.receipts_commands import receipts_app
 from marketplace.platform.errors import PlatformError, SetupFault
 from marketplace.platform.logging import configure_logging
@@ -44,6 +45,7 @@ for name, group in (
     ("batch", batch_app), ("models", models_app), ("ledger", ledger_app), ("keystore", keystore_app),
 ):  # fmt: skip
     app.add_typer(group, name=name)
+app.command("nats-config")(nats_config)
 
 out: Final = Console()
 err: Final = Console(stderr=True, soft_wrap=True)  # a path in an error is never cut

@@ -10,13 +10,18 @@ import ssl
 import time
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import nats
 import nats.aio.client
 import nats.aio.msg
 import nkeys
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -24,11 +29,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from marketplace.fabric import enrolment
 from marketplace.platform.database import transaction
 from marketplace.platform.embedded_nats import EmbeddedNats
+from marketplace.platform.nats_configuration import Tls
 from marketplace.platform.settings import Environment, Settings
 from node_agent import protocol
 from node_agent.protocol import ChoiceDelta, Delta, NodeId
 
 SECRET = "s" * 40
+DAY = timedelta(days=1)
 
 
 def fabric_settings(server: EmbeddedNats, database_url: str, **others: object) -> Settings:
@@ -205,3 +212,60 @@ def a_request(credit: int = protocol.CREDIT_DEFAULT, *, stream: bool = True) -> 
 
 def delta(seq: int, text: str = "x") -> Delta:
     return Delta(seq, [ChoiceDelta(content=text)])
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def make_tls(folder: Path) -> Tls:
+    """Make an authority and a certificate of 127.0.0.1 signed by it, good for one day."""
+    authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    now = datetime.now(UTC)
+
+    def builder(subject: str, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(_name(subject))
+            .issuer_name(_name("test authority"))
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - DAY)
+            .not_valid_after(now + DAY)
+        )
+
+    usage = x509.KeyUsage(
+        digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False,
+        key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
+        decipher_only=False,
+    )  # fmt: skip
+    root = (
+        builder("test authority", authority.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False)
+        .sign(authority, hashes.SHA256())
+    )
+    leaf = (
+        builder("nats", server.public_key())
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False
+        )
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False
+        )
+        .sign(authority, hashes.SHA256())
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tls = Tls(folder / "server.pem", folder / "server.key", folder / "ca.pem")
+    assert tls.ca is not None
+    tls.ca.write_bytes(root.public_bytes(serialization.Encoding.PEM))
+    tls.certificate.write_bytes(leaf.public_bytes(serialization.Encoding.PEM))
+    tls.key.write_bytes(
+        server.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return tls

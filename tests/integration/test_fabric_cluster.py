@@ -9,15 +9,10 @@ import signal
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from fabric_parts import (
     NodeKey,
     Prices,
@@ -29,6 +24,7 @@ from fabric_parts import (
     enrolled,
     eventually,
     fabric_settings,
+    make_tls,
 )
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -41,69 +37,6 @@ from marketplace.platform.nats_configuration import Cluster, Tls
 from marketplace.platform.processes import free_port
 from marketplace.routing.service import FabricService
 from node_agent.protocol import Accepted, End
-
-DAY = timedelta(days=1)
-
-
-# -- certificates of a certificate authority of our own
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-
-def make_tls(folder: Path) -> Tls:
-    """Make an authority and a certificate of 127.0.0.1 signed by it, good for one day."""
-    authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    now = datetime.now(UTC)
-
-    def builder(subject: str, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(_name(subject))
-            .issuer_name(_name("test authority"))
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - DAY)
-            .not_valid_after(now + DAY)
-        )
-
-    usage = x509.KeyUsage(
-        digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False,
-        key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
-        decipher_only=False,
-    )  # fmt: skip
-    root = (
-        builder("test authority", authority.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False)
-        .sign(authority, hashes.SHA256())
-    )
-    leaf = (
-        builder("nats", server.public_key())
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False
-        )
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False
-        )
-        .sign(authority, hashes.SHA256())
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tls = Tls(folder / "server.pem", folder / "server.key", folder / "ca.pem")
-    assert tls.ca is not None
-    tls.ca.write_bytes(root.public_bytes(serialization.Encoding.PEM))
-    tls.certificate.write_bytes(leaf.public_bytes(serialization.Encoding.PEM))
-    tls.key.write_bytes(
-        server.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return tls
-
 
 # -- a cluster
 
