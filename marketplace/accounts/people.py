@@ -6,7 +6,7 @@ Functions take the caller's connection, inside its transaction; only the edge co
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Final
 from uuid import UUID
@@ -23,7 +23,6 @@ from marketplace.accounts.tables import people, wallets
 from marketplace.platform.ids import uuid7
 
 SESSION_SCOPES: Final = frozenset({"account", "inference"})
-_COLUMNS: Final = tuple(c for c in people.c if c.name != "password_hash")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,9 @@ class Person:
     def scopes(self) -> frozenset[str]:
         """What a session of this person may do."""
         return SESSION_SCOPES | {"admin"} if self.is_admin else SESSION_SCOPES
+
+
+_COLUMNS: Final = tuple(people.c[field.name] for field in fields(Person))
 
 
 @dataclass(frozen=True, slots=True)

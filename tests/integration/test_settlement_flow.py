@@ -500,4 +500,4 @@ async def test_the_tables_are_the_migrations(engine: AsyncEngine) -> None:
             )
             real = {row[0]: row[1] for row in rows}
             assert real == {c.name: bool(c.nullable) for c in table.columns}, name
-    assert len(declared) == 13
+    assert len(declared) == 17
