@@ -21,9 +21,9 @@ from node_agent.machine_service import (
 
 POSIX = Wanted(
     python=PurePosixPath("/opt/tollway node/bin/python"),
-    data_dir=PurePosixPath("/home/ann/50% $HOME"),
+    data_dir=PurePosixPath("/srv/ann/50% $HOME"),
     drain_seconds=120,
-    home=PurePosixPath("/home/ann"),
+    home=PurePosixPath("/srv/ann"),
     user="ann",
 )
 WINDOWS = Wanted(
@@ -38,7 +38,7 @@ TASK = "{http://schemas.microsoft.com/windows/2004/02/mit/task}"
 
 def test_systemd_unit_drains_and_leaves_no_core() -> None:
     unit = systemd_unit(POSIX).splitlines()
-    command = '"/opt/tollway node/bin/python" -m node_agent.cli run --data-dir "/home/ann/50%% $$HOME"'
+    command = '"/opt/tollway node/bin/python" -m node_agent.cli run --data-dir "/srv/ann/50%% $$HOME"'
     assert f"ExecStart={command}" in unit
     for line in ("TimeoutStopSec=150", "KillMode=mixed", "LimitCORE=1", "Restart=on-failure", "UMask=0077"):
         assert line in unit
@@ -56,7 +56,7 @@ def test_systemd_units_of_the_system_name_their_user() -> None:
 
 def test_a_users_unit_outlives_his_signing_out() -> None:
     made = plan("systemd", POSIX)
-    assert str(made.path) == "/home/ann/.config/systemd/user/tollway-node.service"
+    assert str(made.path) == "/srv/ann/.config/systemd/user/tollway-node.service"
     assert ("loginctl", "enable-linger", "ann") in made.install
 
 
@@ -84,7 +84,7 @@ def test_launchd_reads_the_property_list() -> None:
     assert read["HardResourceLimits"]["Core"] == read["SoftResourceLimits"]["Core"] == 0
     assert read["Umask"] == 0o077
     made = plan("launchd", POSIX)
-    assert str(made.path) == f"/home/ann/Library/LaunchAgents/{LAUNCHD_LABEL}.plist"
+    assert str(made.path) == f"/srv/ann/Library/LaunchAgents/{LAUNCHD_LABEL}.plist"
     assert made.install[0][:2] == ("launchctl", "bootstrap")
 
 
