@@ -328,16 +328,24 @@ class LeaseKeeper:
             await self._return_idle(part.buyer, unused_since_ns=idle_since_ns)
         for part in self._book:
             await self._return_excess(part)
+        await self._renew_all()
+        await self._reap()
+        self._forget_locks()
+
+    async def _renew_all(self) -> None:
         asked, asked_at_ns = {part.lease_id for part in self._book} | self._overdrawn.keys(), self._clock_ns()
+        if not asked:
+            return
         async with self._engine.begin() as conn:
-            alive = await leases.renew(conn, self._worker, asked, ttl_ms=self._ttl_ms) if asked else set()
+            alive = await leases.renew(conn, self._worker, asked, ttl_ms=self._ttl_ms)
         self._book.renewed(alive, usable_until_ns=self._usable_until(asked_at_ns))
         self._book.drop(asked - alive)
         for lease_id in asked - alive:
             self._overdrawn.pop(lease_id, None)
+
+    async def _reap(self) -> None:
         async with self._engine.begin() as conn:
             await leases.reap(conn, margin_ms=REAP_MARGIN_MS)
-        self._forget_locks()
 
     async def _return_idle(self, buyer: int, *, unused_since_ns: int) -> None:
         async with self._lock(buyer):

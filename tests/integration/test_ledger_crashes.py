@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import subprocess
 import sys
@@ -23,13 +24,23 @@ from marketplace.platform import database
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
 from marketplace.platform.errors import ServerFault
 
-pytestmark = pytest.mark.slow
-
 WORKER = Path(__file__).with_name("ledger_worker.py")
 COST = 1_000_000
-COMMITS = 8
-"""A worker draining twelve charges' worth of money commits at least so often: lease, the lane's accounts,
-batches, refills; `test_the_points_are_all_there` counts them."""
+BALANCE = 30_000 * COST
+POINTS = (
+    "lane.claim",
+    "lane.commit",
+    "lease_keeper._authorise_beyond",
+    "lease_keeper._extend",
+    "lease_keeper._fetch",
+    "lease_keeper._give_back",
+    "lease_keeper._reap",
+    "lease_keeper._renew_all",
+    "lease_keeper._return_excess",
+    "lease_keeper._revive",
+)
+"""Every function of the ledger that commits; `test_no_commit_is_left_out` keeps the list complete."""
+PHASES = ("before", "sent", "after")
 
 
 async def start(engine: AsyncEngine, balance: int) -> tuple[int, int]:
@@ -39,15 +50,38 @@ async def start(engine: AsyncEngine, balance: int) -> tuple[int, int]:
         return buyer, await ensure_account(conn, accounts.operator_earnings("olga"))
 
 
-def a_worker(url: str, people: tuple[int, int], *crash: str) -> subprocess.Popen[str]:
-    argv = [sys.executable, str(WORKER), url, *map(str, people), str(COST), *crash]
+def a_worker(
+    url: str, people: tuple[int, int], *crash: str, cost: int = COST, seconds: int = 0
+) -> subprocess.Popen[str]:
+    argv = [sys.executable, str(WORKER), url, *map(str, people), str(cost), str(seconds), *crash]
     root = WORKER.parent.parent.parent
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
 
 
+def died_at(said: str) -> list[str]:
+    return sorted(line.split()[2] for line in said.splitlines() if line.startswith("dying at"))
+
+
+async def reap_now(engine: AsyncEngine) -> None:
+    """As after the dead workers' time."""
+    async with engine.begin() as conn:
+        await conn.execute(text("UPDATE leases SET expires = now() - interval '1 minute'"))
+        await leases.reap(conn)
+
+
+async def drain(engine: AsyncEngine, url: str, people: tuple[int, int], *, workers: int) -> dict[UUID, int]:
+    """What is left is taken by so many processes at once, to the last nano."""
+    await reap_now(engine)
+    async with engine.connect() as conn:
+        left = await read_balance(conn, accounts.buyer("ann"))
+    assert left is not None
+    cost = left.available.n // 40 + 1
+    return (await outcome(*(a_worker(url, people, cost=cost) for _ in range(workers))))[0]
+
+
 async def outcome(*workers: subprocess.Popen[str]) -> tuple[dict[UUID, int], str]:
     """What was acknowledged, and what the workers said to stderr."""
-    ends = await asyncio.gather(*(asyncio.to_thread(worker.communicate, None, 90) for worker in workers))
+    ends = await asyncio.gather(*(asyncio.to_thread(worker.communicate, None, 120) for worker in workers))
     lines = [line.split() for out, _ in ends for line in out.splitlines() if line.startswith("ack")]
     return {UUID(line[1]): int(line[2]) for line in lines if len(line) == 3}, "".join(
         said for _, said in ends
@@ -57,9 +91,7 @@ async def outcome(*workers: subprocess.Popen[str]) -> tuple[dict[UUID, int], str
 async def nothing_is_lost_or_overspent(
     engine: AsyncEngine, acknowledged: dict[UUID, int], balance: int
 ) -> None:
-    async with engine.begin() as conn:
-        await conn.execute(text("UPDATE leases SET expires = now() - interval '1 minute'"))
-        await leases.reap(conn)  # as after their time
+    await reap_now(engine)
     async with engine.connect() as conn:
         rows = await conn.execute(text("SELECT id, amount FROM charges"))
         stored = {row.id: row.amount for row in rows}
@@ -74,27 +106,40 @@ async def nothing_is_lost_or_overspent(
         assert [check async for check in prove(conn) if not check.ok] == []
 
 
-async def test_the_points_are_all_there(engine, database_url):
-    """An undisturbed worker gets past every commit that the tests below choose."""
-    people = await start(engine, 12 * COST)
-    acknowledged, said = await outcome(a_worker(database_url, people, str(COMMITS), "nothing"))
-    assert "dying" in said
-    assert len(acknowledged) == 12
-    await nothing_is_lost_or_overspent(engine, acknowledged, 12 * COST)
+def test_no_commit_is_left_out():
+    """The functions in which the ledger opens a transaction of its own are the points of these tests."""
+    found = set()
+    for path in Path(accounts.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.AsyncFunctionDef):
+                continue
+            calls = {ast.unparse(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)}
+            if any(call.endswith((".begin", ".transaction")) for call in calls):
+                found.add(f"{path.stem}.{node.name}")
+    assert found == set(POINTS)
 
 
-@pytest.mark.parametrize("phase", ["before", "sent", "after"])
-async def test_a_gateway_killed_at_any_commit_loses_and_overspends_nothing(engine, database_url, phase):
-    """One worker per commit, all draining one account at once; then one that lives takes the rest."""
-    people = await start(engine, 60 * COST)
-    workers = [a_worker(database_url, people, str(n), phase) for n in range(1, COMMITS + 1)]
+async def test_gateways_killed_around_a_batchs_commit_lose_and_overspend_nothing(engine, database_url):
+    """The commit that matters most, in every run: before it is sent, while it is, after its answer."""
+    people = await start(engine, 100 * COST)
+    workers = [a_worker(database_url, people, "lane.commit", "2", phase, "-", seconds=20) for phase in PHASES]
     acknowledged, said = await outcome(*workers)
-    assert said.count("dying") >= 4  # the others found the account drained first
-    async with engine.begin() as conn:
-        await conn.execute(text("UPDATE leases SET expires = now() - interval '1 minute'"))
-        await leases.reap(conn)
-    more, _ = await outcome(a_worker(database_url, people))
-    await nothing_is_lost_or_overspent(engine, acknowledged | more, 60 * COST)
+    assert died_at(said) == ["lane.commit"] * 3
+    acknowledged |= await drain(engine, database_url, people, workers=1)
+    await nothing_is_lost_or_overspent(engine, acknowledged, 100 * COST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_gateway_killed_at_any_commit_loses_and_overspends_nothing(engine, database_url, phase):
+    """One process per kind of commit, all on one account at once; then eight that live take the rest."""
+    people = await start(engine, BALANCE)
+    acknowledged, said = await outcome(
+        *(a_worker(database_url, people, point, "1", phase, "-", seconds=30) for point in POINTS)
+    )
+    assert died_at(said) == list(POINTS)
+    acknowledged |= await drain(engine, database_url, people, workers=8)
+    await nothing_is_lost_or_overspent(engine, acknowledged, BALANCE)
 
 
 @pytest.fixture
@@ -124,30 +169,29 @@ async def up_again(server: EmbeddedPostgres) -> None:
                 return
 
 
-@pytest.mark.parametrize("phase", ["before", "sent", "after"])
-async def test_postgresql_killed_around_a_commit_loses_and_overspends_nothing(own_server, phase):
-    """The server dies around one commit after the other, under gateways draining one account."""
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+async def test_postgresql_killed_around_any_commit_loses_and_overspends_nothing(own_server, tmp_path, phase):
+    """Ten processes on one account, each of which kills the server at its kind of commit; all live on."""
     url = own_server.url("crash")
     await database.create_database(url)
     await asyncio.to_thread(database.migrate, url)
     engine = database.connect(url)
-    balance = 300 * COST
-    people = await start(engine, balance)
-    acknowledged: dict[UUID, int] = {}
-    for commit in (1, 2, 4):
-        workers = [a_worker(url, people, str(commit), f"{phase}:{own_server.pid}"), a_worker(url, people)]
-        running = asyncio.create_task(outcome(*workers))
-        async with asyncio.timeout(60):
-            while own_server.is_alive() and not running.done():
-                await asyncio.sleep(0.02)
-        for worker in workers:
-            worker.kill()
-        acknowledged |= (await running)[0]
-        await engine.dispose()
-        await up_again(own_server)
-        async with engine.begin() as conn:
-            await conn.execute(text("UPDATE leases SET expires = now() - interval '1 minute'"))
-            await leases.reap(conn)
-    acknowledged |= (await outcome(*(a_worker(url, people) for _ in range(8))))[0]
-    await nothing_is_lost_or_overspent(engine, acknowledged, balance)
+    people = await start(engine, BALANCE)
+    pid_file = tmp_path / "pid"
+    pid_file.write_text(str(own_server.pid))
+    crashes = [(point, "1", phase, str(pid_file)) for point in POINTS]
+    running = asyncio.create_task(
+        outcome(*(a_worker(url, people, *crash, seconds=45) for crash in crashes)),
+    )
+    while not running.done():
+        if not own_server.is_alive():
+            await up_again(own_server)
+            pid_file.write_text(str(own_server.pid))
+        await asyncio.sleep(0.02)
+    acknowledged, said = await running
+    assert died_at(said) == list(POINTS)
+    await engine.dispose()
+    acknowledged |= await drain(engine, url, people, workers=8)
+    await nothing_is_lost_or_overspent(engine, acknowledged, BALANCE)
     await engine.dispose()
