@@ -143,6 +143,55 @@ async def test_a68_the_price_is_the_one_at_admission(gateway: RunningGateway) ->
     assert (row["cost_nano"], row["price_version"]) == (agreed.n, before.price_version)
 
 
+async def test_a66_many_prompts_and_best_of_are_multiplied_into_the_hold(gateway: RunningGateway) -> None:
+    node = await gateway.add_node(whole(*(said("ab", index=at, finish="stop") for at in range(4))))
+    body = {"model": MODEL, "prompt": ["One", "Two"], "n": 2, "max_tokens": 100}
+    quoted = (await gateway.post("/v1/quote", body)).json()
+    tokens_in = quoted["prompt_tokens"]
+    worst = cost(tokens_in=tokens_in, tokens_out=400, price_in=PRICE_IN, price_out=PRICE_OUT)
+    assert quoted["worst_cost_nano"] == worst.n
+    assert (await gateway.post("/v1/completions", {**body, "best_of": 50})).status_code == 400
+    assert (await gateway.post("/v1/completions", {**body, "best_of": 3})).status_code == 400
+    served = (await gateway.post("/v1/completions", body)).json()
+    assert served["usage"]["completion_tokens"] == 8
+    assert [request.kind for request in node.requests] == ["completion"]
+
+
+URLS = [
+    "http://169.254.169.254/latest/meta-data", "http://localhost:22", "http://[::ffff:10.0.0.1]/",
+    "http://0177.0.0.1/", "file:///etc/passwd",
+]  # fmt: skip
+
+
+async def test_a69_nothing_a_node_or_a_buyer_says_is_an_address_we_connect_to(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Agents dial in, so there is no URL of theirs; one in their words or the buyer's is only text."""
+    reached: list[object] = []
+    connect = asyncio.BaseEventLoop.create_connection
+
+    async def watched(loop: object, factory: object, *address: object, **options: object) -> object:
+        reached.append(address)
+        return await connect(loop, factory, *address, **options)  # type: ignore[arg-type]
+
+    node = await gateway.add_node(saying(["ok"]))
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", watched)
+    for url in URLS:
+        parts = [{"type": "image_url", "image_url": {"url": url}}]
+        for body in (
+            {**HELLO, "messages": [{"role": "user", "content": parts}]},
+            {**HELLO, "model": url},
+            {**HELLO, "provider": {"only": [url]}},
+            {**HELLO, "base_url": url, "api_base": url, "messages": [{"role": "user", "content": "Hi"}]},
+        ):
+            await gateway.chat(body)
+        node.answer = whole(said(url, finish=url, stop_reason=url))
+        assert (await gateway.chat({**HELLO, "max_tokens": 100})).status_code == 200
+    own = {gateway.url.rsplit(":", 1)[1], gateway.nats.url.rsplit(":", 1)[1]}
+    assert all(str(address[1]) in own for address in reached if address), reached  # type: ignore[index]
+    assert not any(b"base_url" in request.body for request in node.requests)
+
+
 SMUGGLED = [
     "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
@@ -227,6 +276,33 @@ async def test_a73_a_node_cannot_inject_events(gateway: RunningGateway) -> None:
     assert lines[-1] == "data: [DONE]"
     pieces = [json.loads(line[6:])["choices"][0]["delta"]["content"] for line in lines[:-1]]
     assert "".join(pieces) == evil + "!"
+
+
+async def test_a75_prompts_answers_and_keys_are_in_no_log_line(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Everything a buyer or a node says, on every kind of way out."""
+    caplog.set_level("DEBUG")
+    node = await gateway.add_node(saying(["canary-answer"]))
+    chat = {**HELLO, "max_tokens": 100, "messages": [{"role": "user", "content": "canary-prompt"}]}
+    text = {"model": MODEL, "prompt": "canary-prompt", "max_tokens": 100, "stop": ["canary-stop"]}
+    for body in (
+        chat,
+        {**chat, "stream": True},
+        {**chat, "model": "canary-model"},
+        {**chat, "n": "canary-n"},
+    ):
+        await gateway.chat(body)
+    for body in (text, {**text, "prompt": ["canary-prompt", 1]}):
+        await gateway.post("/v1/completions", body)
+    await gateway.post("/v1/quote", chat)
+    node.answer = sending(Failed(0, FailureCode.BAD_REQUEST, "canary-reason", is_retriable=False))
+    await gateway.chat(chat)
+    printed = capfd.readouterr()
+    everything = caplog.text + printed.out + printed.err
+    assert "request " in everything  # the logs are looked at
+    assert "canary" not in everything
+    assert gateway.key not in everything
 
 
 async def test_a74_buyers_share_neither_answers_nor_caches(gateway: RunningGateway) -> None:

