@@ -16,6 +16,7 @@ import msgspec
 
 from marketplace.reputation.checks import Checks, Sample
 from marketplace.reputation.errors import ReferenceUnavailable
+from marketplace.reputation.reference import read_whole
 from node_agent.protocol import NodeId
 
 DEADLINE_S: Final = 120
@@ -94,7 +95,7 @@ class Canaries:
             ) as answer:
                 if answer.status != 200:
                     return None  # a failing node shows in its success rate
-                data = await answer.content.read(ANSWER_BYTES_MAX)
+                data = await read_whole(answer, ANSWER_BYTES_MAX)
             text = msgspec.json.decode(data)["choices"][0]["message"]["content"]
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ReferenceUnavailable(f"the API does not answer: {type(error).__name__}") from error

@@ -90,8 +90,8 @@ def scorable(body: bytes) -> list[dict[str, Any]] | None:
         return None
     if any(request.get(name) not in neutral for name, neutral in _NEUTRAL.items()):
         return None
-    temperature = request.get("temperature")
-    return messages if temperature is None or temperature <= TEMPERATURE_MAX else None
+    temperature = request.get("temperature", 1)
+    return messages if isinstance(temperature, int | float) and temperature <= TEMPERATURE_MAX else None
 
 
 class Checks:

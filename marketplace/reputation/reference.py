@@ -76,15 +76,23 @@ class Reference:
                     raise Unscorable(f"the reference engine refuses: HTTP {answer.status}")
                 if answer.status != 200:
                     raise ReferenceUnavailable(f"HTTP {answer.status}")
-                data = await answer.content.read(ANSWER_BYTES_MAX)
-                if not answer.content.at_eof():
-                    raise ReferenceUnavailable("an answer without end")
+                data = await read_whole(answer, ANSWER_BYTES_MAX)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ReferenceUnavailable(type(error).__name__) from error
         try:
             return _decoder.decode(data)
         except msgspec.DecodeError as error:
             raise ReferenceUnavailable("not a JSON object") from error
+
+
+async def read_whole(answer: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Give a body of at most `limit` bytes; raises ReferenceUnavailable for a longer one."""
+    data = bytearray()
+    async for part in answer.content.iter_any():
+        data += part
+        if len(data) > limit:
+            raise ReferenceUnavailable(f"more than {limit} bytes")
+    return bytes(data)
 
 
 def _read(token: int, entry: Mapping[str, Mapping[str, Any]]) -> tuple[float, list[float]]:

@@ -86,8 +86,8 @@ FOREIGN: Final = {
 DOMAIN_PACKAGES: Final = (
     "chain", "chain/solana", "node_agent",
     *(f"marketplace/{name}" for name in (
-        "accounts", "catalog", "deposits", "fabric", "gateway", "ledger", "metering", "notices", "routing",
-        "settlement",
+        "accounts", "catalog", "deposits", "fabric", "gateway", "ledger", "metering", "notices",
+        "reputation", "routing", "settlement",
     )),
 )  # fmt: skip
 TRACKED_BYTES_MAX: Final = 1024 * 1024
