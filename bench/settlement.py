@@ -2,7 +2,8 @@
 
 - `gas_per_payout`: gas of a Safe batch ÷ payouts, to holders who have USDC already; `plain_transfer_gas`
   is one USDC transfer from an ordinary wallet; a batch of 1 is what 1-by-1 Safe transactions cost.
-- `solana_payouts_per_tx`, `solana_lamports_per_payout`: what the rail really sends, fees of all signatures.
+- `solana_payouts_per_tx`, `solana_lamports_per_payout`: what the rail really sends, fees of all signatures;
+  making and closing the lookup table is four or five more fees of 5,000 lamports, and its rent comes back.
 - `plan_100k_s`: 100,000 operators with earnings and a waiting withdrawal each: read every operator's earnings
   and maturity in pages of constant size, then freeze the first batch of 300.
 - `batch_300_s`: 300 requested withdrawals from plan to FINAL: dry run, two keystores, broadcast, finality.
