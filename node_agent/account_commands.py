@@ -130,7 +130,7 @@ def standing(data_dir: DataDir = HOME, as_json: Json = False) -> None:
     if as_json:
         print_json(msgspec.to_builtins(found))
         return
-    out.print(f"[bold]{found.standing}[/] {found.reason}".rstrip())
+    out.print(f"{found.standing} {found.reason}".rstrip(), markup=False)
     for finding in found.findings:
         out.print(f"  {finding.severity}: {finding.message}", markup=False)
     if found.dispute is not None:

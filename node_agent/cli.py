@@ -62,7 +62,9 @@ for commands in (
 
 @app.command("enroll")
 def enroll_command(
-    token: Annotated[str, typer.Argument(help="The one-use token from the operator page.")],
+    token: Annotated[
+        str, typer.Argument(help="The one-use token from the operator page; - reads it from standard input.")
+    ],
     api: Annotated[
         str, typer.Option("--api", help="The marketplace's address, such as https://tollway.example.")
     ],
@@ -71,6 +73,8 @@ def enroll_command(
     as_json: Json = False,
 ) -> None:
     """Bind this machine to your operator account."""
+    if token == "-":  # noqa: S105 - keeps it out of the list of processes and the shell's history
+        token = sys.stdin.readline().strip()
     with plain_errors():
         identity = create_identity(data_dir)
         request = identity.enroll_request(

@@ -19,7 +19,15 @@ import pytest
 from nats.aio.client import Client
 
 from node_agent import protocol, relay
-from node_agent.config import Config, EngineSettings, Model, add_engine, set_price, write_first_config
+from node_agent.config import (
+    Config,
+    EngineSettings,
+    Model,
+    add_engine,
+    set_price,
+    write_first_config,
+    write_settings,
+)
 from node_agent.engines.openai_stream import OpenAIClient
 from node_agent.identity import create_identity
 from node_agent.service import Service
@@ -502,7 +510,7 @@ async def test_an_engine_that_says_nothing_whole_is_given_up(
     agent: Agent, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, drip: bytes
 ) -> None:
     """Bytes are no sign of life, only events are: a byte now and then would hold a place for ever."""
-    monkeypatch.setattr(relay, "IDLE_MS_MAX", 300)
+    monkeypatch.setattr(relay, "IDLE_MS_MAX", 1_000)
 
     async def stall(response: aiohttp.web.StreamResponse) -> None:
         await engine.event(response, {"choices": [{"index": 0, "delta": {"content": "half"}}]})
@@ -513,7 +521,7 @@ async def test_an_engine_that_says_nothing_whole_is_given_up(
 
     engine.script = stall
     reply = await agent.ask()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(8):
         await reply.all()
     assert reply.text == "half"
     assert (reply.end.code, reply.end.is_retriable) == (protocol.FailureCode.ENGINE_DOWN, True)
@@ -713,19 +721,53 @@ async def test_several_engines_and_models_each_by_its_own_name(
     await asyncio.wait_for(running, 10)
 
 
+@pytest.mark.slow
+async def test_killed_agent_frees_its_engine_and_its_successor_serves(
+    engine: FakeEngine, gateway: Client, nats_url: str, tmp_path: Path
+) -> None:
+    """kill -9 in mid-answer: the engine's connection goes with the process, no lock and no end frame stay."""
+    create_identity(tmp_path)
+    write_settings(tmp_path, node_id=NODE, api="http://127.0.0.1:1", nats_url=nats_url)
+    model = Model(name="m", input=Decimal(1), output=Decimal(2), context=2048, engine_name="engine-name")
+    add_engine(tmp_path, EngineSettings(name="fake", kind="attach", url=engine.url, models=[model]))
+    statuses = await gateway.subscribe(protocol.status_subject(NODE))
+    command = [sys.executable, "-m", "node_agent.cli", "run", "--data-dir", str(tmp_path)]
+    engine.words, engine.gap_seconds = ["word "] * 1000, 0.02
+    for is_last in (False, True):
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+        while not protocol.decode_status((await statuses.next_msg(30)).data).models[0].is_ready:
+            pass
+        engine.aborted.clear()
+        reply = Reply(gateway, id=f"killed-{is_last}", credit=10_000)
+        await reply.send()
+        while not reply.deltas:
+            await reply.next()
+        process.kill()
+        process.wait()
+        async with asyncio.timeout(5):
+            await engine.aborted.wait()
+        with contextlib.suppress(nats.errors.TimeoutError):
+            while True:
+                await reply.next(0.3)
+        assert not reply.reader.is_done
+        while statuses.pending_msgs:
+            await statuses.next_msg(1)
+
+
 async def test_an_engine_that_closes_kept_connections_fails_no_request() -> None:
     """It answers one request a connection and drops the next unread, as idle limits do in the worst case."""
-    served = 0
+    served = []
 
     async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal served
+        served.append(asyncio.current_task())
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", head)[1]))
         content = b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n'
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
-        served += 1
         await reader.read(1)
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     server = await asyncio.start_server(once, "127.0.0.1", 0)
     client = OpenAIClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "")
@@ -733,7 +775,8 @@ async def test_an_engine_that_closes_kept_connections_fails_no_request() -> None
         await client.warm_up("m")
     await client.close()
     server.close()
-    assert served == 3
+    await asyncio.gather(*served)
+    assert len(served) == 3
 
 
 async def test_nothing_said_is_written_down(

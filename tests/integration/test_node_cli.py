@@ -91,6 +91,12 @@ def test_from_enrolment_to_prices(tmp_path: Path, marketplace: Marketplace) -> N
     assert "0.0005" in shown.stdout
 
 
+def test_token_from_standard_input(tmp_path: Path, marketplace: Marketplace) -> None:
+    command = ["enroll", "-", "--api", marketplace.url, "--data-dir", str(tmp_path)]
+    assert CliRunner().invoke(app, command, input="tok-2\n").exit_code == 0
+    assert marketplace.requests[0].token == "tok-2"
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
