@@ -75,7 +75,8 @@ FOREIGN: Final = {
     r"eth_\w+|hexbytes": ("chain/evm/", "chain/localnet/"),
     r"solders": ("chain/solana/", "chain/localnet/"),
     r"nkeys": (
-        "marketplace/fabric/nkey_jwt.py", "marketplace/platform/embedded_nats.py", "node_agent/identity.py",
+        "marketplace/fabric/nkey_jwt.py", "marketplace/platform/embedded_nats.py",
+        "marketplace/platform/nats_configuration.py", "node_agent/identity.py",
     ),
     r"nats": ("node_agent/service.py", "node_agent/fabric_link.py"),
     r"stripe": ("marketplace/billing/",),
