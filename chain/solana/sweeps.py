@@ -38,6 +38,9 @@ SWEEP_LINES_MAX: Final = 15
 """Where `fitting` starts: no transaction holds more without lookup tables."""
 
 
+NO_DELEGATE: Final = "the multisig is not its delegate"
+
+
 async def obstacles(
     rpc: SolanaRpc, terms: EscrowTerms, token_accounts: Sequence[str]
 ) -> list[tuple[str, str]]:
@@ -52,7 +55,7 @@ async def obstacles(
             if account.is_frozen:
                 found.append((key, "frozen by the issuer"))
             elif account.delegate != terms.multisig or account.delegated_amount < account.amount:
-                found.append((key, "the multisig is not its delegate"))
+                found.append((key, NO_DELEGATE))
     return found
 
 

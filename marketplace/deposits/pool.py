@@ -8,13 +8,14 @@ only after that may it be given to a person.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from chain.errors import Reverted
 from chain.solana.deposits import PoolAddress, pool_address, prepare_pool_address
 from chain.solana.keystore import from_seed
 from chain.solana.rpc import SolanaRpc
@@ -26,6 +27,7 @@ from marketplace.platform.settings import SolanaChainConfig
 
 READY_DEFAULT: Final = 8
 """Each costs 2,039,280 lamports of rent, which come back when its account is closed."""
+REFUSED_WAIT_S: Final = 600.0
 _log: Final = structlog.get_logger("marketplace.deposits")
 
 
@@ -40,13 +42,22 @@ class PoolKeeper:
     prepare: Callable[[int], Awaitable[PoolAddress]]
     """Make it payable and sweepable on chain; does nothing if it already is."""
     ready: int = READY_DEFAULT
+    _put_off: dict[int, float] = field(default_factory=dict)
+    """Until when to leave an address alone that the chain refuses: it must not keep the others waiting."""
 
     async def tick(self) -> bool:
-        """Prepare one address; False if enough are free.  Raises ChainError; calling again is safe."""
+        """Prepare one address; False if enough are free.  Raises ChainFault; calling again is safe."""
+        now_s = self.clock.monotonic()
+        self._put_off = {index: until_s for index, until_s in self._put_off.items() if until_s > now_s}
         index = await self._next()
         if index is None:
             return False
-        made = await self.prepare(index)
+        try:
+            made = await self.prepare(index)
+        except Reverted as e:
+            self._put_off[index] = now_s + REFUSED_WAIT_S
+            _log.error("pool address refused", index=index, reason=str(e))
+            return True
         async with transaction(self.engine) as conn:
             await conn.execute(
                 update(solana_pool)
@@ -60,7 +71,9 @@ class PoolKeeper:
         """An address that was begun, else a new one if too few are free."""
         async with transaction(self.engine) as conn:
             begun = await conn.scalar(
-                select(func.min(solana_pool.c.pool_index)).where(solana_pool.c.ready_at.is_(None))
+                select(func.min(solana_pool.c.pool_index)).where(
+                    solana_pool.c.ready_at.is_(None), solana_pool.c.pool_index.not_in(self._put_off)
+                )
             )
             if begun is not None:
                 return int(begun)

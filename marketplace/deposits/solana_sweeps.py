@@ -274,6 +274,14 @@ class SolanaSweeper:
                     detail=f"{account}: {why}",
                     now=self.clock.now(),
                 )
+                if (
+                    why == chain_sweeps.NO_DELEGATE
+                ):  # a fork may have taken the approval: the pool keeper renews it
+                    await conn.execute(
+                        update(solana_pool)
+                        .where(solana_pool.c.token_account == account)
+                        .values(ready_at=None)
+                    )
 
     async def _assemble(self, row: Row[Any]) -> bool:
         """At the threshold, put the transaction together and store its bytes, before anything is sent."""

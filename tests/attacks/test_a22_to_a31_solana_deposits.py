@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from solders.hash import Hash
 from solders.instruction import AccountMeta, Instruction
@@ -17,10 +18,11 @@ from solders.keypair import Keypair
 from solders.message import MessageV0
 from solders.pubkey import Pubkey
 
-from chain.errors import Reverted
+from chain.errors import Malformed, Reverted
 from chain.localnet.solana import SolanaDeployment, deploy, fund
 from chain.localnet.solana_vm.server import serving
 from chain.localnet.solana_wallet import SolanaWallet
+from chain.networks import SOLANA
 from chain.ports import TransferSeen
 from chain.solana import programs, sending
 from chain.solana.reader import SolanaReader
@@ -247,3 +249,70 @@ async def test_a27_a_memo_that_names_another_buyer_changes_nothing(world: World)
     assert to_escrow == Unattributed("no_reference", is_direct=True)
     to_ann = replace(seen, to="anns account", references=("bobs reference",))
     assert attribute(to_ann, directory) == ToPerson(ann, None, is_direct=False)
+
+
+# ── what a node might say: blocks made by hand ────────────────────────────────────────────────────────
+
+
+class Told(SolanaRpc):
+    """A node that tells one transaction: token balances of account 1, before and after."""
+
+    def __init__(self, after: list[dict[str, object]], before: list[dict[str, object]]) -> None:
+        super().__init__("http://127.0.0.1:1")
+        keys = [{"pubkey": name} for name in ("payer", "ours")]
+        meta = {"err": None, "preTokenBalances": before, "postTokenBalances": after}
+        transaction = {"transaction": {"signatures": ["sig"], "accountKeys": keys}, "meta": meta}
+        self._block = {
+            "blockhash": "b",
+            "previousBlockhash": "a",
+            "parentSlot": 6,
+            "blockTime": 1,
+            "transactions": [transaction],
+        }
+
+    async def _post(self, body: bytes) -> bytes:
+        if b"getBlocks" in body:
+            return msgspec.json.encode({"jsonrpc": "2.0", "id": 0, "result": [7]})
+        return msgspec.json.encode([{"jsonrpc": "2.0", "id": 0, "result": self._block}])
+
+
+def balance(
+    amount: int, *, mint: str = SOLANA.usdc_mint, program: object = programs.TOKEN_PROGRAM
+) -> dict[str, object]:
+    told = {"accountIndex": 1, "mint": mint, "owner": "us", "programId": str(program)}
+    return told | {"uiTokenAmount": {"amount": str(amount), "decimals": 6}}
+
+
+async def seen(*after: dict[str, object], before: tuple[dict[str, object], ...] = ()) -> list[int]:
+    (block,) = await SolanaReader(Told(list(after), list(before))).blocks(7, 7, Only("ours"))
+    return [transfer.amount.n for transfer in block.inbound]
+
+
+async def test_a22_a23_only_the_pinned_mint_under_the_pinned_program_counts() -> None:
+    assert await seen(balance(5)) == [5]
+    assert await seen(balance(5, program=TOKEN_2022)) == []
+    # USDC is named in it, so the transaction is looked at; what moves is another token of the same program.
+    assert (
+        await seen(
+            balance(5, mint="11111111111111111111111111111112"), before=(balance(0, program=TOKEN_2022),)
+        )
+        == []
+    )
+
+
+async def test_a28_an_error_that_a_node_tells_in_any_form_is_an_error() -> None:
+    for err in ({"InstructionError": [0, {"Custom": 1}]}, "AccountInUse", 0, False, ""):
+        told = Told([balance(5)], [])
+        told._block["transactions"][0]["meta"]["err"] = err
+        (block,) = await SolanaReader(told).blocks(7, 7, Only("ours"))
+        assert block.inbound == (), err
+
+
+async def test_a24_the_difference_is_credited_and_nonsense_refused() -> None:
+    assert await seen(balance(9), before=(balance(4),)) == [5]
+    assert await seen(balance(4), before=(balance(9),)) == []
+    for amount in ("-1", "1e3", "0x10", " 5", "9" * 21, "\u0665"):
+        told = balance(0)
+        told["uiTokenAmount"] = {"amount": amount}
+        with pytest.raises(Malformed):
+            await seen(told)

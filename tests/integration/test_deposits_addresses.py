@@ -11,14 +11,14 @@ import pytest
 from sqlalchemy import Table, func, insert, inspect, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from chain.errors import UnknownResult
+from chain.errors import Reverted, UnknownResult
 from chain.evm.forwarders import Forwarders
 from chain.networks import Chain
 from chain.ports import Landed, SignedTransaction
 from chain.solana.deposits import PoolAddress, pool_address
 from marketplace.deposits.addresses import evm_address, retire_address, solana_address
 from marketplace.deposits.directory import KnownAddresses
-from marketplace.deposits.pool import PoolKeeper
+from marketplace.deposits.pool import REFUSED_WAIT_S, PoolKeeper
 from marketplace.deposits.sweeper import REBROADCAST_S, EvmSweeper, SweepPolicy, due_for_sweep
 from marketplace.deposits.tables import (
     chain_cursors,
@@ -133,6 +133,30 @@ async def test_the_pool_is_watched_before_it_is_ready_and_given_once(engine: Asy
     async with transaction(engine) as conn:
         owners = select(solana_pool.c.owner).where(solana_pool.c.person_id.is_not(None))
         assert set(await conn.scalars(owners)) == set(again)
+
+
+async def test_an_address_the_chain_refuses_does_not_keep_the_others_waiting(engine: AsyncEngine) -> None:
+    clock, refused = SteppingClock(), [0]
+
+    async def prepare(index: int) -> PoolAddress:
+        if index in refused:
+            raise Reverted("owner does not match")
+        return pool_address(SEED, index)
+
+    keeper = PoolKeeper(engine, clock, lambda index: pool_address(SEED, index), prepare, ready=3)
+
+    async def ready() -> list[int]:
+        while await keeper.tick():
+            pass
+        async with transaction(engine) as conn:
+            made = select(solana_pool.c.pool_index).where(solana_pool.c.ready_at.is_not(None))
+            return sorted(await conn.scalars(made))
+
+    assert await ready() == [1, 2]
+    refused.clear()
+    assert await ready() == [1, 2]
+    clock.seconds += REFUSED_WAIT_S
+    assert await ready() == [0, 1, 2]
 
 
 class FakeRail:

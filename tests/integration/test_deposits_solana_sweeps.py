@@ -377,3 +377,37 @@ async def test_a29_a_frozen_account_is_reported_and_does_not_stop_the_others(tow
     assert account not in [line["account"] for line in lines]
     assert details == [f"{account}: frozen by the issuer"]
     await town.books_hold()
+
+
+async def test_an_approval_that_was_lost_is_renewed_and_the_account_swept(town: Town) -> None:
+    """A fork may take it after the address was given out; the revocation here stands for one."""
+    await two_deposits(town)
+    async with transaction(town.engine) as conn:
+        row = (await conn.execute(select(solana_pool).where(solana_pool.c.pool_index == 0))).one()
+    key, payer, revoke_delegate = derive_owner(POOL_SEED, 0), Keypair(), 5
+    await fund(town.rpc, str(payer.pubkey()), lamports=10**9)
+    metas = [
+        AccountMeta(Pubkey.from_string(row.token_account), is_signer=False, is_writable=True),
+        AccountMeta(key.pubkey(), is_signer=True, is_writable=False),
+    ]
+    revoke = Instruction(programs.TOKEN_PROGRAM, bytes([revoke_delegate]), metas)
+    await sending.send_and_confirm(town.rpc, [revoke], [payer, key])
+    await asyncio.sleep(0.5)  # until it is final
+
+    async def lines() -> set[str]:
+        async with transaction(town.engine) as conn:
+            found = await conn.scalar(select(table.c.lines).where(table.c.status == "prepared"))
+            return {line["account"] for line in found or ()}
+
+    sweeper = town.sweeper()
+    await sweeper.tick()
+    assert row.token_account not in await lines()
+    assert await town.cases() == ["account_unsweepable"]
+    async with transaction(town.engine) as conn:
+        (sweep,) = await conn.scalars(select(table.c.id))
+        await module.cancel_sweep(conn, sweep, actor="ann", reason="wait for the other", clock=CLOCK)
+    while await town.keeper.tick():
+        pass
+    await asyncio.sleep(0.5)  # until it is final
+    await sweeper.tick()
+    assert row.token_account in await lines()
