@@ -42,12 +42,16 @@ _GRANT: Final = """
                LEAST(posted / 100, CAST(:cap AS BIGINT)) AS usual,
                LEAST(posted - held,
                      GREATEST(CAST(:wanted AS BIGINT), LEAST(posted / 100, CAST(:cap AS BIGINT)))) AS amount
-        FROM balances WHERE account_id = :buyer FOR NO KEY UPDATE
+        FROM balances WHERE account_id = :buyer
     ), taken AS (
         UPDATE balances b SET held = b.held + q.amount FROM quoted q
         WHERE b.account_id = q.account_id AND q.amount >= GREATEST(CAST(:minimum AS BIGINT), 1)
         RETURNING q.amount, q.usual
     )"""
+
+# A statement of its own, before: an UPDATE that meets a row changed since its snapshot checks constraints
+# against the row as it was, and a deposit at the same moment would look like an overspending.
+_LOCK_BALANCE: Final = text("SELECT 1 FROM balances WHERE account_id = :buyer FOR NO KEY UPDATE")
 
 _TAKE: Final = text(
     _GRANT  # noqa: S608 - constants only
@@ -116,6 +120,7 @@ async def lease_up_to(
     """
     identity = new_id()
     values = _grant_values(buyer, identity, minimum, wanted, cap, ttl_ms) | {"worker": worker}
+    await conn.execute(_LOCK_BALANCE, {"buyer": buyer})
     row = (await conn.execute(_TAKE, values)).one_or_none()
     if row is None:
         raise await _refusal(conn, buyer, minimum)
@@ -139,6 +144,7 @@ async def extend(
     if exists.one_or_none() is None:
         return None
     values = _grant_values(buyer, lease_id, minimum, wanted, cap, ttl_ms)
+    await conn.execute(_LOCK_BALANCE, {"buyer": buyer})
     row = (await conn.execute(_EXTEND, values)).one_or_none()
     if row is None:
         raise await _refusal(conn, buyer, minimum)
