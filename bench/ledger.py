@@ -2,8 +2,8 @@
 
 Ratios are taken in one run, round by round, since the machine's disk moves by the minute.  Peers: one
 transaction per charge (asyncpg), pgbench with the same batch in SQL (C), pgbench's tpcb-like, Redis.
-`--quick`, or TOLLWAY_BENCH_ROWS, makes the big book smaller than 10,000,000, for a look in less time: then the
-keys that name a size hold what was seen at that smaller one.
+`--quick`, or TOLLWAY_BENCH_ROWS, makes the big book smaller than 10,000,000, for a look in less time: then
+the keys that name a size hold what was seen at that smaller one.
 """
 
 from __future__ import annotations
