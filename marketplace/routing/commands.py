@@ -21,7 +21,7 @@ def _group() -> None:
 
 @route_app.command("replay")
 def replay_command(
-    log: Annotated[Path, typer.Argument(help="A log written under TOLLWAY_DECISION_LOG.", exists=True)],
+    log: Annotated[Path, typer.Argument(help="A log written under TOLLWAY_DECISION_LOG.")],
     policies: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,7 +36,7 @@ def replay_command(
 
     try:
         outcomes = replay(read_log(log), [parse_policy(text) for text in policies or ["recorded", "price"]])
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise typer.BadParameter(str(e)) from e
     if as_json:
         print(msgspec.json.encode(outcomes).decode())
