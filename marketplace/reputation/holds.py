@@ -15,7 +15,6 @@ from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.platform.ids import uuid7
@@ -43,6 +42,8 @@ _NOTE: Final = text("""
 """)
 _OPEN: Final = text("""
     INSERT INTO reputation_disputes (id, operator_id, text, at) VALUES (:id, :person, :text, :now)
+    ON CONFLICT (operator_id) WHERE state = 'open' DO NOTHING
+    RETURNING id
 """)
 _DECIDE: Final = text("""
     UPDATE reputation_disputes SET state = :state, answer = :reason, decided_by = :actor, decided_at = :now
@@ -112,11 +113,9 @@ async def dispute(connection: AsyncConnection, operator: UUID, words: str, *, no
     if newest is None or not newest.is_ours:
         raise DisputeRefused("not_held", "there is no hold to dispute")
     identity = uuid7()
-    try:
-        async with connection.begin_nested():
-            await connection.execute(_OPEN, {"id": identity, "person": operator, "text": words, "now": now})
-    except IntegrityError as error:
-        raise DisputeRefused("dispute_open", "your dispute is open; a person will decide it") from error
+    row = {"id": identity, "person": operator, "text": words, "now": now}
+    if await connection.scalar(_OPEN, row) is None:
+        raise DisputeRefused("dispute_open", "your dispute is open; a person will decide it")
     note = {"person": operator, "action": "disputed", "actor": f"person:{operator}", "reason": words}
     await connection.execute(_NOTE, {**note, "now": now})
     return Dispute(identity, operator, "open", now, words, None)
