@@ -173,12 +173,13 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
 
 
 async def test_a34_every_payout_once_whatever_the_moment_of_death(engine: AsyncEngine, rig: Rig) -> None:
-    people = [await a_person(engine) for _ in range(PAYEES)]
-    for person in people:
-        await earn(engine, person, 2000, rig.chain)
     owed: dict[str, int] = {}
 
     async def one_round(number: int, death: Death) -> None:
+        # Others each round: on Solana we open one token account an operator (A45).
+        people = [await a_person(engine) for _ in range(PAYEES)]
+        for person in people:
+            await earn(engine, person, 20, rig.chain)
         made = [await _request(engine, rig, person, number, i) for i, person in enumerate(people)]
         owed.update({withdrawal.address: withdrawal.amount.n for withdrawal in made})
         await Round(rig, engine, made).run(death)
