@@ -332,10 +332,12 @@ class NodeClient:
         *,
         limits: Limits | None = None,
         on_unwanted: UnwantedCallback | None = None,
+        on_absent: Callable[[NodeId], None] | None = None,
     ) -> None:
         """`connection`: of the user `marketplace`; may be shared with other subscribers.
 
-        `on_unwanted`: told of every frame that nobody waits for.
+        `on_unwanted`: told of every frame that nobody waits for; `on_absent`: of every node that was asked
+        and is not connected.
         """
         self.limits = limits or Limits()
         self.witness: Witness | None = None
@@ -344,6 +346,7 @@ class NodeClient:
         """Received bytes of all answers whose readers are not done."""
         self._unreleased: set[Reply] = set()
         self._on_unwanted = on_unwanted
+        self._on_absent = on_absent
         self._connection = connection
         self._gateway = secrets.token_hex(8)
         self._next = 0
@@ -434,6 +437,8 @@ class NodeClient:
         found = self._replies.get(subject)
         if found is not None:
             found.fail(NodeAbsent(f"node {found.node} is not connected"), is_node_at_work=False)
+            if self._on_absent is not None:
+                self._on_absent(found.node)
 
     def _lost(self) -> None:
         for reply in list(self._replies.values()):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from functools import lru_cache
 from typing import Final
 from uuid import UUID
 
@@ -25,6 +26,7 @@ def node_id_of(uuid: UUID) -> NodeId:
     return NodeId(PREFIX + base64.b32encode(uuid.bytes).decode().rstrip("=").lower())
 
 
+@lru_cache(maxsize=16_384)
 def node_uuid(node_id: str) -> UUID:
     """Read the UUID out of a node id; raises ValueError."""
     text = node_id.removeprefix(PREFIX)

@@ -127,6 +127,9 @@ class Answer:
         self._model = model
         self._created_s = created_s
         self._choices: dict[int, Choice] = {}
+        self._open = choices
+        """How many have not ended."""
+        self._plain_start = b""
         self.prompt_reported: int | None = None
         self.completion_reported: int | None = None
         self.has_begun = False
@@ -134,8 +137,9 @@ class Answer:
 
     def take(self, frame: Delta) -> None:
         """Add a frame's content to the record; ChoiceUnknown, before anything is added, for a stray one."""
-        if any(delta.index >= self._asked for delta in frame.choices):
-            raise ChoiceUnknown
+        for delta in frame.choices:
+            if delta.index >= self._asked:
+                raise ChoiceUnknown
         self.has_begun = self.has_begun or bool(frame.choices)
         if frame.prompt_tokens is not None:
             self.prompt_reported = frame.prompt_tokens
@@ -152,7 +156,9 @@ class Answer:
             self.completion_reported = frame.completion_tokens
 
     def _take_choice(self, delta: ChoiceDelta) -> None:
-        choice = self._choices.setdefault(delta.index, Choice())
+        choice = self._choices.get(delta.index)
+        if choice is None:
+            choice = self._choices[delta.index] = Choice()
         if delta.content:
             choice.text.append(delta.content)
         if delta.reasoning:
@@ -169,15 +175,14 @@ class Answer:
             known["arguments"] += call.arguments or ""
             known["id"] = call.id or known["id"]
         if delta.finish_reason is not None:
+            self._open -= choice.finish_reason is None
             choice.finish_reason = delta.finish_reason if delta.finish_reason in FINISH_REASONS else "stop"
             choice.stop_reason = delta.stop_reason
 
     @property
     def is_whole(self) -> bool:
         """Every choice asked for has ended."""
-        return len(self._choices) == self._asked and all(
-            choice.finish_reason is not None for choice in self._choices.values()
-        )
+        return not self._open
 
     @property
     def finish_reason(self) -> str | None:
@@ -215,11 +220,25 @@ class Answer:
         """Write a frame as SSE events: one per engine event, the usage on the last."""
         if not frame.choices:
             return b""
-        last = len(frame.choices) - 1
-        return b"".join(
-            self._event([self._choice_out(delta)], usage if at == last else None)
-            for at, delta in enumerate(frame.choices)
-        )
+        *earlier, last = frame.choices
+        events = [self._plain_event(delta) or self._event([self._choice_out(delta)]) for delta in earlier]
+        plain = b"" if usage is not None else self._plain_event(last)
+        events.append(plain or self._event([self._choice_out(last)], usage))
+        return b"".join(events)
+
+    def _plain_event(self, delta: ChoiceDelta) -> bytes:
+        """Write an event that is nothing but text, as nearly all are, without building it; else b""."""
+        if (
+            delta.content is None or delta.finish_reason is not None or delta.reasoning or delta.tool_calls
+            or delta.logprobs or not self._choices[delta.index].delivered
+        ):  # fmt: skip
+            return b""
+        if not self._plain_start:
+            whole = self._event([])
+            self._plain_start = whole[: whole.rindex(b"]")] + b'{"index":'
+        return b'%b%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}]}\n\n' % (
+            self._plain_start, delta.index, encode(delta.content),
+        )  # fmt: skip
 
     @property
     def tokens_told(self) -> int:
@@ -243,7 +262,7 @@ class Answer:
         finish = choice.finish_reason if delta.finish_reason is not None else None
         return _ChoiceOut(delta.index, out, _logprobs_out(delta.logprobs), finish)
 
-    def _event(self, choices: list[Any], usage: UsageOut | None) -> bytes:
+    def _event(self, choices: list[Any], usage: UsageOut | None = None) -> bytes:
         chunk = _Chunk(self.request_id, self.CHUNK, self._created_s, self._model, choices, usage)
         return b"data: " + encode(chunk) + b"\n\n"
 

@@ -20,6 +20,8 @@ import hmac
 import logging
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Final
 from uuid import UUID
 
@@ -153,7 +155,7 @@ class ChatService:
             if session.reserved is not None:
                 self._leave(session, session.reserved)
             metrics.IN_FLIGHT.dec()
-            metrics.REQUESTS.labels(status=str(session.status)).inc()
+            metrics.requests(session.status).inc()
             metrics.SECONDS.observe(self._clock.monotonic() - session.started)
             self._in_flight -= 1
             if not self._in_flight:
@@ -244,13 +246,13 @@ class ChatService:
             )  # fmt: skip
         model, candidates = await self._place(session, request, is_big=len(body) > BIG_TEXT_BYTES)
         await self._authorise(session, request, candidates, model.context)
-        metrics.ADDED_SECONDS.labels(stage="admission").observe(self._clock.monotonic() - session.started)
+        metrics.ADMISSION_SECONDS.observe(self._clock.monotonic() - session.started)
         await self._relay(responder, session, request, candidates)
 
     async def _authenticate(self, responder: Responder, session: Session) -> KeyFacts:
         try:
             return await self._key(responder)
-        except Refusal as refusal:
+        except Refusal:
             if responder.is_counted:
                 raise
             forwarded = responder.headers.get(b"x-forwarded-for", b"").decode("latin-1") or None
@@ -311,7 +313,7 @@ class ChatService:
         session.model = model.name
         session.counter = await self._counter(model)
         request.disarm(session.counter)
-        counts = await self._count_prompts(session.counter, request, is_big=is_big)
+        counts = await self._count_prompts(session, session.counter, request, is_big=is_big)
         session.prompt_tokens, session.prompt_longest = sum(counts), max(counts)
         _check_context(session, request, model)
         return self._choose(session, request)
@@ -327,27 +329,35 @@ class ChatService:
             ) from e  # fmt: skip
 
     async def _count_prompts(
-        self, counter: TokenCounter, request: InferenceRequest, *, is_big: bool
+        self, session: Session, counter: TokenCounter, request: InferenceRequest, *, is_big: bool
     ) -> list[int]:
+        owner = b"" if session.person_id is None else session.person_id.bytes
         try:
             if is_big:
-                return await asyncio.to_thread(request.prompt_counts, counter)
-            return request.prompt_counts(counter)
+                return await asyncio.to_thread(request.prompt_counts, counter, owner)
+            return request.prompt_counts(counter, owner)
         except PromptRefused as e:
             raise Refusal(400, "invalid_messages", str(e), param=request.prompt_field) from e
 
     def _choose(self, session: Session, request: InferenceRequest) -> Sequence[NodeView]:
+        preferences = _preferences(request)
+        has_wishes = preferences is not NO_PREFERENCES
+        views = self._registry.views if has_wishes else self._registry.best_views
         question = Question(
-            self._registry.views(session.model),
+            views(session.model),
             self._registry.now_ms,
             _chance.random(),
             prompt_tokens=session.prompt_tokens,
             completion_tokens=request.wanted_tokens or EXPECTED_COMPLETION_TOKENS,
             context_min=session.prompt_longest + (request.wanted_tokens or 1),
-            preferences=_preferences(request),
+            preferences=preferences,
             warm=self._affinity.warm(session.beginning, session.started),
         )
-        decision = session.decision = choose(question)
+        decision = choose(question)
+        if not decision.candidates and not has_wishes:
+            question = replace(question, views=self._registry.views(session.model))
+            decision = choose(question)
+        session.decision = decision
         if self._decisions is not None:
             self._decisions.note(question, decision.candidates)
         self._registry.tally.note(decision)
@@ -425,7 +435,7 @@ class ChatService:
     ) -> None:
         assert session.person_id is not None
         body = engine_body(
-            request, max_tokens=session.max_tokens, cache_salt=self._cache_salt(session.person_id)
+            request, max_tokens=session.max_tokens, cache_salt=_cache_salt(self._secret, session.person_id)
         )
         failure: RequestBroken | None = None
         for node in candidates:
@@ -540,7 +550,7 @@ class ChatService:
         answer = session.answer
         began = self._clock.monotonic()
         usage = await self._settle(session, status=200)
-        metrics.ADDED_SECONDS.labels(stage="charge").observe(self._clock.monotonic() - began)
+        metrics.CHARGE_SECONDS.observe(self._clock.monotonic() - began)
         if not session.is_stream:
             headers = [*self._headers(session), (b"x-tollway-cost", usage.cost.encode())]
             responder.answer(200, headers, answer.completion(usage))
@@ -584,8 +594,10 @@ class ChatService:
             headers.append((b"retry-after", str(refusal.retry_after_s).encode()))
         return headers
 
-    def _cache_salt(self, person_id: UUID) -> str:
-        return hmac.new(self._secret, b"cache-salt" + person_id.bytes, hashlib.sha256).hexdigest()[:32]
+
+@lru_cache(maxsize=10_000)
+def _cache_salt(secret: bytes, person_id: UUID) -> str:
+    return hmac.new(secret, b"cache-salt" + person_id.bytes, hashlib.sha256).hexdigest()[:32]
 
 
 def _check_context(session: Session, request: InferenceRequest, model: ModelFacts) -> None:

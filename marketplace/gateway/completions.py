@@ -63,7 +63,8 @@ class CompletionRequest(InferenceRequest, kw_only=True, omit_defaults=True):
         """What the buyer asked for per choice, or OpenAI's default."""
         return self.max_tokens or MAX_TOKENS_DEFAULT
 
-    def prompt_counts(self, counter: TokenCounter) -> list[int]:
+    def prompt_counts(self, counter: TokenCounter, owner: bytes) -> list[int]:
+        del owner
         return [
             counter.plain_prompt_tokens(prompt) if isinstance(prompt, str) else len(prompt)
             for prompt in self.prompts
@@ -109,6 +110,10 @@ class CompletionAnswer(Answer):
     def __init__(self, *, request_id: str, model: str, created_s: int, choices: int) -> None:
         super().__init__(request_id=request_id, model=model, created_s=created_s, choices=choices)
         self._offsets: dict[int, int] = {}
+
+    def _plain_event(self, delta: ChoiceDelta) -> bytes:
+        del delta
+        return b""
 
     def _choice_out(self, delta: ChoiceDelta) -> dict[str, Any]:
         choice = self._choices[delta.index]

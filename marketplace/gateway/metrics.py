@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -27,3 +28,15 @@ WAITING_CHARGES: Final = Gauge(
     "tollway_charges_waiting", "Charges accepted and not yet durable", multiprocess_mode="livesum"
 )
 DRIFT: Final = Counter("tollway_drift_total", "Requests whose node counted otherwise than we did")
+
+# The hot path's own children: finding one by its label costs more than counting.
+ADMISSION_SECONDS: Final = ADDED_SECONDS.labels(stage="admission")
+CHARGE_SECONDS: Final = ADDED_SECONDS.labels(stage="charge")
+TOKENS_IN: Final = TOKENS.labels(direction="in")
+TOKENS_OUT: Final = TOKENS.labels(direction="out")
+
+
+@cache
+def requests(status: int) -> Counter:
+    """Give the counter of requests that ended so; there are a few dozen statuses."""
+    return REQUESTS.labels(status=str(status))

@@ -133,8 +133,8 @@ class InferenceRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     def disarm(self, counter: TokenCounter) -> None:
         """Take control tokens out of what the buyer wrote, where a template adds its own; by default none."""
 
-    def prompt_counts(self, counter: TokenCounter) -> list[int]:
-        """Count each prompt's tokens as the engine will; raises PromptRefused."""
+    def prompt_counts(self, counter: TokenCounter, owner: bytes) -> list[int]:
+        """Count each prompt's tokens as the engine will; raises PromptRefused. `owner` names the buyer."""
         raise NotImplementedError
 
     def engine_content(self) -> dict[str, Any]:
@@ -178,8 +178,9 @@ class ChatRequest(InferenceRequest, kw_only=True, omit_defaults=True):
         self.tools = counter.disarmed(self.tools)
         self.chat_template_kwargs = counter.disarmed(self.chat_template_kwargs)
 
-    def prompt_counts(self, counter: TokenCounter) -> list[int]:
-        return [len(counter.prompt_ids(known_messages(self), self.tools, self.template_variables))]
+    def prompt_counts(self, counter: TokenCounter, owner: bytes) -> list[int]:
+        messages = known_messages(self)
+        return [counter.prompt_tokens(messages, self.tools, self.template_variables, owner=owner)]
 
     def engine_content(self) -> dict[str, Any]:
         return {"messages": known_messages(self)}

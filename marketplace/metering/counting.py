@@ -10,11 +10,14 @@ on the ids the engine sampled, once they are shown to say what was delivered and
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
+from hashlib import blake2b
 from typing import Any, Final, NoReturn, TypeVar
 
 from jinja2 import TemplateError, nodes
@@ -37,7 +40,10 @@ SPECIAL_MAX: Final = 4
 MARKUP_MAX: Final = 128
 """Characters of markup around a reasoning block or a tool call that the engine cuts out of the text."""
 
-
+PARTS_MAX: Final = 20_000
+"""Counts remembered per tokenizer, about 200 bytes each; the oldest go first."""
+_PROBES: Final = ("a", " a", "  a", "\n", "\na", "A1", "é", "中", ".")
+"""What may follow a mark, to see whether a tokenizer begins anew there."""
 _REFUSALS: Final = (
     TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
 )  # fmt: skip
@@ -117,6 +123,59 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+class CountedParts:
+    """Token counts of the parts of prompts, by digest: what was counted once is not encoded again.
+
+    A prompt is cut after its special tokens, where every tokenizer of the catalogue begins anew; whether this
+    one does is tried at the start, and where it does not a prompt is one part.  Parts are remembered for the
+    buyer who sent them alone (`owner` goes into the digest), so that nobody can time what others have sent.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._counts: dict[bytes, int] = {}
+        marks = [
+            token.content
+            for token in tokenizer.get_added_tokens_decoder().values()
+            if token.special and not (token.normalized or token.rstrip or token.single_word)
+        ]
+        marks.sort(key=len, reverse=True)
+        cut = re.compile("|".join(map(re.escape, marks))) if marks else None
+        self._cut = cut if cut is not None and self._begins_anew(marks[0]) else None
+
+    def _begins_anew(self, mark: str) -> bool:
+        return all(
+            self._encoded(mark + probe) == self._encoded(mark) + self._encoded(probe) for probe in _PROBES
+        )
+
+    def _encoded(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def tokens(self, text: str, owner: bytes) -> int:
+        """Count a prompt."""
+        return sum(self._tokens_of(part, owner) for part in self._parts_of(text))
+
+    def _parts_of(self, text: str) -> Iterator[str]:
+        begin = 0
+        if self._cut is not None:
+            for mark in self._cut.finditer(text):
+                yield text[begin : mark.end()]
+                begin = mark.end()
+        if begin < len(text):
+            yield text[begin:]
+
+    def _tokens_of(self, part: str, owner: bytes) -> int:
+        digest = blake2b(part.encode("utf-8", "surrogatepass"), digest_size=16, key=owner).digest()
+        found = self._counts.get(digest)
+        if found is None:
+            found = self._encoded(part)
+            if len(self._counts) >= PARTS_MAX:
+                with contextlib.suppress(StopIteration, KeyError):  # another thread may have been faster
+                    del self._counts[next(iter(self._counts))]
+            self._counts[digest] = found
+        return found
+
+
 class TokenCounter:
     """One model's template and tokenizer; safe to share between threads."""
 
@@ -126,11 +185,13 @@ class TokenCounter:
         self._tokenizer.no_padding()
         environment = _environment()
         self._template = environment.from_string(chat_template)
+        self._template.globals = dict(self._template.globals)  # the ChainMap it is costs more than rendering
         self._in_parts = wants_parts(environment, chat_template)
         self._knows_developer = knows_developer(chat_template)
         self._special = dict(special_tokens)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(number for number, token in added.items() if token.special)
+        self._parts = CountedParts(self._tokenizer)
         names = [token.content for token in added.values() if token.special]
         ignores_case = self._tokenizer.normalizer is not None  # it may lower what it is given
         self._disarmer = Disarmer(names, self._has_special, ignores_case=ignores_case)
@@ -175,6 +236,20 @@ class TokenCounter:
         """Give the token ids of the prompt the engine will see; raises PromptRefused."""
         rendered = self.prompt(messages, tools, variables)
         return list(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
+
+    def prompt_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        owner: bytes,
+    ) -> int:
+        """Count what `prompt_ids` would give, remembering the parts of `owner`'s conversations.
+
+        A conversation is sent again with every turn; only what is new of it is encoded.
+        """
+        return self._parts.tokens(self.prompt(messages, tools, variables), owner)
 
     def plain_prompt_tokens(self, text: str) -> int:
         """Count a prompt that goes through no template, with the marks its tokenizer adds."""

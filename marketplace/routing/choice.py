@@ -146,6 +146,8 @@ class Decision:
     question: Question
     candidates: tuple[NodeView, ...]
     eligible: int
+    among: Sequence[NodeView] = field(default=(), repr=False, compare=False)
+    """The eligible ones."""
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -180,13 +182,11 @@ class Explanation(msgspec.Struct, frozen=True):
 
 def choose(question: Question) -> Decision:
     """Choose the nodes to ask, best first, at most 1 + `RETRIES_MAX`."""
-    eligible = [view for view in question.views if exclusion(view, question) is None]
+    eligible = _eligible(question)
     if not eligible:
         return Decision(question, (), 0)
     preferences = question.preferences
-    ranked = list(zip(_scores(eligible, question), eligible, strict=True))
-    if len(ranked) > 1:
-        ranked.sort(key=lambda pair: (-pair[0], _load(pair[1]), pair[1].node_id))
+    ranked = _ranked(eligible, question)
     chosen_by_name = bool(preferences.operator or preferences.order)
     if chosen_by_name:
         ranked.sort(key=lambda pair: _named_rank(pair[1], preferences))  # stable: by score within
@@ -195,11 +195,32 @@ def choose(question: Question) -> Decision:
                 pair for pair in ranked if _named_rank(pair[1], preferences) < len(preferences.order) + 1
             ]
             if not ranked:
-                return Decision(question, (), len(eligible))
+                return Decision(question, (), len(eligible), eligible)
     first = _first(ranked, question, chosen_by_name=chosen_by_name)
     if not preferences.allow_fallbacks and not chosen_by_name:
-        return Decision(question, (first,), len(eligible))
-    return Decision(question, _with_failover(first, ranked, preferences), len(eligible))
+        return Decision(question, (first,), len(eligible), eligible)
+    return Decision(question, _with_failover(first, ranked, preferences), len(eligible), eligible)
+
+
+def _eligible(question: Question) -> list[NodeView]:
+    """Give the views without an `exclusion`; for a buyer without wishes in one pass, the hot path's."""
+    if question.preferences is not NO_PREFERENCES:
+        return [view for view in question.views if exclusion(view, question) is None]
+    heard_since_ms, context = question.now_ms - NODE_SILENT_MS_MAX, question.context_min
+    return [
+        view
+        for view in question.views
+        if view.last_seen_ms >= heard_since_ms
+        and view.is_ready
+        and not view.is_draining
+        and view.running + view.waiting < view.capacity
+        and view.context >= context
+        and (
+            view.success_permille is None
+            or view.success_permille >= SUCCESS_PERMILLE_MIN
+            or view.is_probe_due
+        )
+    ]
 
 
 def exclusion(view: NodeView, question: Question) -> Exclusion | None:
@@ -238,51 +259,55 @@ def _excluded_by_buyer(view: NodeView, preferences: Preferences) -> Exclusion | 
     return None
 
 
-def _costs(views: Sequence[NodeView], question: Question) -> list[int]:
-    tokens_in, tokens_out = question.prompt_tokens, question.completion_tokens
-    return [tokens_in * view.price_in + tokens_out * view.price_out for view in views]
-
-
-def _scores(eligible: Sequence[NodeView], question: Question) -> list[float]:
-    """Give what `_all_parts` gives as scores, without the objects: this is the hot path."""
+def _ranked(eligible: Sequence[NodeView], question: Question) -> list[tuple[float, NodeView]]:
+    """Order by score, load, id: `_parts` of each without the objects, since this is the hot path."""
     weights = question.weights
     total = weights.latency + weights.load + weights.price
     latency_weight, load_weight, price_weight = weights.latency, weights.load, weights.price
-    costs = _costs(eligible, question)
-    cost_best = min(costs) + 1
-    latency_best = _latency_best(eligible) + 1
-    found = []
-    for view, cost in zip(eligible, costs, strict=True):
+    tokens_in, tokens_out = question.prompt_tokens, question.completion_tokens
+    cost_best, latency_best = _bests(eligible, question)
+    rows = []
+    for view in eligible:
         latency_ms = view.latency_ms
         latency = 1.0 if latency_ms is None else latency_best / (latency_ms + 1)
-        load = 1.0 - (view.running + view.waiting) / view.capacity
+        used = (view.running + view.waiting) / view.capacity
+        cost = tokens_in * view.price_in + tokens_out * view.price_out
         whole = (
-            latency_weight * latency + load_weight * load + price_weight * (cost_best / (cost + 1))
+            latency_weight * latency + load_weight * (1.0 - used) + price_weight * (cost_best / (cost + 1))
         ) / total
-        found.append(whole * (1000 - view.penalty_permille) / 1000)
-    return found
+        score = whole * (1000 - view.penalty_permille) / 1000 if view.penalty_permille else whole
+        rows.append((-score, used, view.node_id, view))
+    rows.sort()  # ids differ, so views are never compared
+    return [(-row[0], row[3]) for row in rows]
+
+
+def _bests(eligible: Sequence[NodeView], question: Question) -> tuple[int, int]:
+    """The lowest cost and latency there is; +1 keeps zero prices and latencies comparable."""
+    tokens_in, tokens_out = question.prompt_tokens, question.completion_tokens
+    costs = [tokens_in * view.price_in + tokens_out * view.price_out for view in eligible]
+    return min(costs) + 1, _latency_best(eligible) + 1
 
 
 def _latency_best(eligible: Sequence[NodeView]) -> int:
-    return min((view.latency_ms for view in eligible if view.latency_ms is not None), default=0)
+    return min([view.latency_ms for view in eligible if view.latency_ms is not None], default=0)
 
 
 def _all_parts(eligible: Sequence[NodeView], question: Question) -> list[Parts]:
-    """Score each node against the best of these; +1 keeps zero prices and latencies comparable."""
+    """Score each node against the best of these."""
+    bests = _bests(eligible, question)
+    return [_parts(view, question, *bests) for view in eligible]
+
+
+def _parts(view: NodeView, question: Question, cost_best: int, latency_best: int) -> Parts:
     weights = question.weights
     total = weights.latency + weights.load + weights.price
-    costs = _costs(eligible, question)
-    cost_best = min(costs)
-    latency_best = _latency_best(eligible)
-    found = []
-    for view, cost in zip(eligible, costs, strict=True):
-        latency = 1.0 if view.latency_ms is None else (latency_best + 1) / (view.latency_ms + 1)
-        load = 1.0 - (view.running + view.waiting) / view.capacity
-        price = (cost_best + 1) / (cost + 1)
-        whole = (weights.latency * latency + weights.load * load + weights.price * price) / total
-        score = whole * (1000 - view.penalty_permille) / 1000
-        found.append(Parts(latency, load, price, view.penalty_permille, score))
-    return found
+    cost = question.prompt_tokens * view.price_in + question.completion_tokens * view.price_out
+    latency = 1.0 if view.latency_ms is None else latency_best / (view.latency_ms + 1)
+    load = 1.0 - _load(view)
+    price = cost_best / (cost + 1)
+    whole = (weights.latency * latency + weights.load * load + weights.price * price) / total
+    score = whole * (1000 - view.penalty_permille) / 1000
+    return Parts(latency, load, price, view.penalty_permille, score)
 
 
 def _named_rank(view: NodeView, preferences: Preferences) -> int:
@@ -408,14 +433,14 @@ def explain(decision: Decision) -> Explanation:
 def summary(decision: Decision, served_by: NodeId) -> str:
     """Tell in one line why `served_by` served, for a response header (ASCII, under 200 characters)."""
     question = decision.question
-    eligible = [view for view in question.views if exclusion(view, question) is None]
-    for view, parts in zip(eligible, _all_parts(eligible, question) if eligible else (), strict=True):
-        if view.node_id == served_by:
-            rank = next((i for i, c in enumerate(decision.candidates) if c.node_id == served_by), 0)
-            return (
-                f"score={parts.score:.3f}; latency={parts.latency:.3f}; load={parts.load:.3f}; "
-                f"price={parts.price:.3f}; sort={question.preferences.sort}; attempt={rank + 1}; "
-                f"eligible={decision.eligible}; known={len(question.views)}"
-                f"{'; warm' if served_by == question.warm else ''}"
-            )
-    return ""
+    view = next((view for view in decision.candidates if view.node_id == served_by), None)
+    if view is None:
+        return ""
+    parts = _parts(view, question, *_bests(decision.among, question))
+    return (
+        f"score={parts.score:.3f}; latency={parts.latency:.3f}; load={parts.load:.3f}; "
+        f"price={parts.price:.3f}; sort={question.preferences.sort}; "
+        f"attempt={decision.candidates.index(view) + 1}; "
+        f"eligible={decision.eligible}; known={len(question.views)}"
+        f"{'; warm' if served_by == question.warm else ''}"
+    )

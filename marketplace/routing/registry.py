@@ -25,6 +25,7 @@ from marketplace.fabric.floods import UnwantedCallback
 from marketplace.fabric.live import LiveModel, LiveNode
 from marketplace.routing.choice import NodeView
 from marketplace.routing.health import Health
+from marketplace.routing.shortlist import SIZE, ShortList
 from marketplace.routing.tally import Tally
 from node_agent.protocol import (
     NODE_SILENT_MS_MAX,
@@ -112,6 +113,7 @@ class Registry:
         """Why nodes were chosen or not; every decision is offered to it."""
         self._nodes: dict[NodeId, _Node] = {}
         self._by_model: dict[str, dict[NodeId, _Offer]] = {}
+        self._short: dict[str, ShortList] = {}
         self._unpriced: dict[OfferKey, tuple[int, int]] = {}
 
     @property
@@ -132,6 +134,19 @@ class Registry:
                 found.append(view)
         if self._suspended:
             found = [view for view in found if view.operator_id not in self._suspended]
+        return found
+
+    def best_views(self, model: str) -> list[NodeView]:
+        """Give the offers worth looking at for a buyer without wishes: all, or of very many the best."""
+        offers, short = self._by_model.get(model), self._short.get(model)
+        if offers is None or short is None or len(offers) <= SIZE:
+            return self.views(model)
+        found = []
+        for node_id in short:
+            offer = offers[node_id]
+            view = offer.view or self._view(node_id, offer)
+            if view is not None and view.operator_id not in self._suspended:
+                found.append(view)
         return found
 
     def models(self) -> list[str]:
@@ -243,6 +258,7 @@ class Registry:
             offer.in_flight_at_status = offer.in_flight
             offer.view = None
             self._want_price(node_id, offer)
+            self._list(node_id, offer)
 
     def _withdraw(self, node_id: NodeId, node: _Node, model: str) -> None:
         node.offers.pop(model, None)
@@ -250,8 +266,31 @@ class Registry:
         offers = self._by_model.get(model)
         if offers is not None:
             offers.pop(node_id, None)
+            if model in self._short:
+                self._short[model].drop(node_id)
             if not offers:
                 del self._by_model[model]
+                self._short.pop(model, None)
+
+    def _list(self, node_id: NodeId, offer: _Offer) -> None:
+        """Where a model has very many nodes, see whether this one is among the best."""
+        model = offer.status.name
+        if len(self._by_model[model]) <= SIZE:
+            return
+        view = self._view(node_id, offer)
+        if view is not None:
+            self._short.setdefault(model, ShortList()).take(view)
+
+    def absent(self, node_id: NodeId) -> None:
+        """The fabric says that nobody listens there: silent until its next status."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return
+        node.last_seen_ms = self._clock_ms() - NODE_SILENT_MS_MAX - 1
+        for model, offer in node.offers.items():
+            offer.view = None
+            if model in self._short:
+                self._short[model].drop(node_id)
 
     # -- prices
 
@@ -278,6 +317,7 @@ class Registry:
         if offer is not None:
             offer.price = _Price(price_in, price_out, version, self._clock_ms())
             offer.view = None
+            self._list(node_id, offer)
 
     # -- who counts
 

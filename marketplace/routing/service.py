@@ -89,7 +89,10 @@ class FabricService:
         self._floods = Floods(self._monotonic_ms, self._expel)
         self.registry = Registry(self._monotonic_ms, on_unwanted=self._floods.unwanted)
         self.nodes = NodeClient(
-            self._connections["marketplace"], limits=limits, on_unwanted=self._floods.unwanted
+            self._connections["marketplace"],
+            limits=limits,
+            on_unwanted=self._floods.unwanted,
+            on_absent=self.registry.absent,
         )
         self._sessions = Sessions(engine, self._connections["system"])
         self._callout = Callout(

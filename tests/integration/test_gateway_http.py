@@ -511,7 +511,7 @@ async def test_neither_prompts_nor_answers_nor_keys_are_logged(
     broken = gateway.process.shelf._counters
     for name in list(broken):  # an error of our own in the middle of everything
         counter = broken[name].result()
-        counter.prompt_ids = _explode
+        counter.prompt_tokens = _explode
     assert (await gateway.chat(canary)).status_code == 500
     await gateway.chat(b'{"model": "canary-prompt')
     printed = capfd.readouterr()
@@ -521,5 +521,5 @@ async def test_neither_prompts_nor_answers_nor_keys_are_logged(
     assert gateway.key not in everything
 
 
-def _explode(messages: Any, tools: Any = None) -> list[int]:
+def _explode(messages: Any, *others: Any, **owner: Any) -> int:
     raise RuntimeError(f"cannot count {messages}")

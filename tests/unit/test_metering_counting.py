@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from letters import CHATML, letters_tokenizer, prompt_tokens
+from tokenizers import pre_tokenizers
 
+from marketplace.metering import counting
 from marketplace.metering.conversation import conversation, tools_for_template, wants_parts
 from marketplace.metering.counting import PromptRefused, TokenCounter, Written, _environment
 
@@ -35,6 +40,46 @@ def ids(text: str) -> list[int]:
 def test_a_prompt_is_counted_with_its_template(counter: TokenCounter) -> None:
     assert len(counter.prompt_ids([{"role": "user", "content": "Hi"}])) == prompt_tokens("Hi")
     assert len(counter.prompt_ids([{"role": "user", "content": "é😀"}])) == prompt_tokens("é😀")
+
+
+@given(
+    st.lists(st.sampled_from(["Hi", " ", "\n", "é", "<|im_start|>", "<|im_end|>", "<|im_", "7", "user\n"]))
+)
+def test_parts_add_up_to_the_whole_prompt(pieces: list[str]) -> None:
+    counter = _shared()
+    messages = [{"role": "user", "content": "".join(pieces)}]
+    whole = len(counter.prompt_ids(messages))
+    assert counter.prompt_tokens(messages, owner=b"a") == whole
+    assert counter.prompt_tokens(messages, owner=b"a") == whole  # as remembered
+
+
+def test_a_tokenizer_that_does_not_begin_anew_after_its_marks_counts_whole_prompts() -> None:
+    tokenizer = letters_tokenizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    files = tokenizer.to_str().encode()
+    counter = TokenCounter(tokenizer=files, chat_template=CHATML, special_tokens={})
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "you"}]
+    assert counter.prompt_tokens(messages, owner=b"") == len(counter.prompt_ids(messages))
+    assert [*counter._parts._parts_of("a<|im_end|>b")] == ["a<|im_end|>b"]
+
+
+def test_what_one_buyer_sent_is_not_remembered_for_another_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(counting, "PARTS_MAX", 4)
+    parts = counting.CountedParts(letters_tokenizer())
+    for owner in (b"a", b"b", b"a"):
+        parts.tokens("Hi<|im_end|>there", owner)
+    assert len(parts._counts) == 4
+    parts.tokens("more", b"c")
+    assert len(parts._counts) == 4
+
+
+@cache
+def _shared() -> TokenCounter:
+    return _counter()
 
 
 def test_a_tokenizer_file_that_truncates_is_not_obeyed() -> None:

@@ -282,5 +282,15 @@ def test_the_draw_follows_the_scores(penalties: list[int]) -> None:
 def test_the_fast_score_is_the_explained_one(question: Question) -> None:
     eligible = [view for view in question.views if exclusion(view, question) is None]
     if eligible:
-        explained = [parts.score for parts in choice._all_parts(eligible, question)]
-        assert choice._scores(eligible, question) == pytest.approx(explained)
+        parts = zip(eligible, choice._all_parts(eligible, question), strict=True)
+        explained = {view.node_id: part.score for view, part in parts}
+        ranked = choice._ranked(eligible, question)
+        assert {view.node_id: score for score, view in ranked} == pytest.approx(explained)
+        assert [score for score, _ in ranked] == sorted((score for score, _ in ranked), reverse=True)
+
+
+@given(questions, st.booleans())
+def test_the_fast_look_at_who_is_eligible_is_the_slow_one(question: Question, is_probe_due: bool) -> None:
+    views = [msgspec.structs.replace(view, is_probe_due=is_probe_due) for view in question.views]
+    question = replace(question, views=views, preferences=choice.NO_PREFERENCES)
+    assert choice._eligible(question) == [view for view in views if exclusion(view, question) is None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from marketplace.routing.choice import Question, choose
 from marketplace.routing.health import PENALTY_HALF_LIFE_MS, SAMPLES_MIN, Health
 from marketplace.routing.registry import PRICE_CHANGE_MS_MIN, STATUS_BURST, Outcome, Registry
+from marketplace.routing.shortlist import SIZE
 from node_agent import protocol
 from node_agent.protocol import ModelStatus, NodeId
 
@@ -201,3 +202,31 @@ def test_a_penalty_halves_in_its_half_life() -> None:
     assert health.penalty_permille(PENALTY_HALF_LIFE_MS) == 250
     health.failed(0)
     assert health.penalty_permille(0) == 750
+
+
+def test_of_very_many_nodes_the_best_are_looked_at() -> None:
+    world = World()
+    registry = world.registry
+    names = [f"n{number:03}" for number in range(3 * SIZE)]
+    registry.set_known({NodeId(name): "olga" for name in names})
+    for _ in range(2):  # the second time there are more than the list takes, and all have a price
+        for cheaper, name in enumerate(names):
+            world.hear(node=name, price_in=10_000 - 10 * cheaper, price_out=10_000 - 10 * cheaper)
+        world.price_all(7)
+        world.time.ms += 2_000
+    assert [view.node_id for view in registry.views("m")] == names
+    assert {view.node_id for view in registry.best_views("m")} == set(names[-SIZE:])
+    registry.remove(NodeId(names[-1]))
+    assert names[-1] not in {view.node_id for view in registry.best_views("m")}
+    world.hear(node=names[-2], draining=True)
+    assert names[-2] not in {view.node_id for view in registry.best_views("m")}
+
+
+def test_a_node_the_fabric_does_not_know_is_silent_until_it_speaks() -> None:
+    world = a_world()
+    assert world.chosen() == ["n-1"]
+    world.registry.absent(NODE)
+    assert world.chosen() == []
+    world.time.ms += 2_000
+    world.hear()
+    assert world.chosen() == ["n-1"]
