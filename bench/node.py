@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -49,6 +50,7 @@ from servers import percentile, postgres, say
 from marketplace.catalog.models import read_model_folder
 from marketplace.catalog.prices import PriceBook
 from marketplace.fabric.connection import Connection
+from marketplace.fabric.errors import RequestBroken
 from marketplace.fabric.node_client import NodeClient
 from marketplace.platform import database
 from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
@@ -73,6 +75,7 @@ AGENT_S: Final = 8.0
 SWARM: Final = 10_000
 PRESENCE_S: Final = 9.0
 CHOICES: Final = 2_000
+TRAFFIC_PER_S: Final = 50
 DEAD_S_MAX: Final = 75.0
 
 
@@ -391,28 +394,45 @@ def _decide(fabric: FabricService) -> Any:
     registry = fabric.registry
     return choose(
         Question(
-            registry.views(MODEL), registry.now_ms, random.random(), prompt_tokens=100, completion_tokens=256,
-            context_min=356,
+            registry.best_views(MODEL), registry.now_ms, random.random(), prompt_tokens=100,
+            completion_tokens=256, context_min=356,
         )
     )  # fmt: skip
 
 
 async def _dead_node_s(fabric: FabricService, swarm: asyncio.subprocess.Process) -> float:
-    """Kill the node that is chosen now; how long it stays eligible."""
+    """Kill the node that is chosen now, in ordinary traffic: how long until it is not eligible."""
+    asking = asyncio.create_task(_traffic(fabric))
+    await asyncio.sleep(0.5)
     node_id = _decide(fabric).candidates[0].node_id
     assert swarm.stdin is not None
     swarm.stdin.write(f"{node_id}\n".encode())
     await swarm.stdin.drain()
     began = time.perf_counter()
-    while time.perf_counter() - began < DEAD_S_MAX:
-        if not _may_be_chosen(fabric, node_id):
-            return time.perf_counter() - began
-        await asyncio.sleep(0.01)
-    return DEAD_S_MAX
+    try:
+        while (took := time.perf_counter() - began) < DEAD_S_MAX:
+            if not _may_be_chosen(fabric, node_id):
+                break
+            await asyncio.sleep(0.01)
+        return took
+    finally:
+        asking.cancel()
+
+
+async def _traffic(fabric: FabricService) -> None:
+    """Requests as a gateway sends them, each to the node chosen for it."""
+    while True:
+        node_id = _decide(fabric).candidates[0].node_id
+        request = protocol.Request(1, secrets.token_hex(16), MODEL, body(is_stream=False), False, 60_000)
+        with contextlib.suppress(RequestBroken):
+            async with fabric.nodes.request(node_id, request) as reply:
+                while await reply.batch():
+                    pass
+        await asyncio.sleep(1 / TRAFFIC_PER_S)
 
 
 def _may_be_chosen(fabric: FabricService, node_id: str) -> bool:
-    question = Question(fabric.registry.views(MODEL), fabric.registry.now_ms, 0.0)
+    question = Question(fabric.registry.best_views(MODEL), fabric.registry.now_ms, 0.0)
     return any(view.node_id == node_id and exclusion(view, question) is None for view in question.views)
 
 
