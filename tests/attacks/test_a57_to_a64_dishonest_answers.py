@@ -25,8 +25,10 @@ from gateway_parts import (
     whole,
 )
 from letters import prompt_tokens
+from sqlalchemy import text
 
 from marketplace.fabric.node_client import Limits
+from marketplace.fabric.node_ids import node_uuid
 from marketplace.ledger.money import cost
 from marketplace.platform.embedded_nats import EmbeddedNats
 from node_agent import protocol
@@ -67,6 +69,30 @@ async def test_a57_an_operator_who_overstates_is_billed_on_our_count(gateway: Ru
     rows = await gateway.usage()
     assert [(row["completion_tokens"], row["cost_nano"]) for row in rows] == [(5, _priced(5))] * 2 * len(lies)
     await gateway.assert_proved()
+
+
+async def test_a57_drift_is_on_record_for_the_nodes_standing(gateway: RunningGateway) -> None:
+    """More than 2 % and 16 tokens apart, either way; a node that counts as we do leaves nothing."""
+    node = await gateway.add_node(
+        whole(said("Hello", finish="stop"), prompt=prompt_tokens("Hi"), completion=5)
+    )
+    await gateway.chat(HELLO)
+    node.answer = whole(said("Hello", finish="stop"), completion=22)
+    lied = (await gateway.chat(HELLO)).json()["usage"]["receipt_id"]
+    node.answer = whole(said("Hello", finish="stop"), completion=21)  # 16 apart: the edges of tokenization
+    await gateway.chat(HELLO)
+    query = text("SELECT CAST(id AS TEXT), node, model, prompt_counted, prompt_reported, completion_counted, "
+                 "completion_reported FROM metering_drift")  # fmt: skip
+    async with asyncio.timeout(5):
+        while True:
+            async with gateway.owner.connect() as connection:
+                rows = (await connection.execute(query)).all()
+            if rows:
+                break
+            await asyncio.sleep(0.05)
+    assert [tuple(row) for row in rows] == [
+        (lied, node_uuid(node.node_id), "letters", prompt_tokens("Hi"), None, 5, 22)
+    ]
 
 
 @pytest.mark.parametrize(
