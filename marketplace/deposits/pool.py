@@ -42,20 +42,22 @@ class PoolKeeper:
     prepare: Callable[[int], Awaitable[PoolAddress]]
     """Make it payable and sweepable on chain; does nothing if it already is."""
     ready: int = READY_DEFAULT
-    _put_off: dict[int, float] = field(default_factory=dict)
+    _put_off_until_s: dict[int, float] = field(default_factory=dict)
     """Until when to leave an address alone that the chain refuses: it must not keep the others waiting."""
 
     async def tick(self) -> bool:
         """Prepare one address; False if enough are free.  Raises ChainFault; calling again is safe."""
         now_s = self.clock.monotonic()
-        self._put_off = {index: until_s for index, until_s in self._put_off.items() if until_s > now_s}
+        self._put_off_until_s = {
+            index: until_s for index, until_s in self._put_off_until_s.items() if until_s > now_s
+        }
         index = await self._next()
         if index is None:
             return False
         try:
             made = await self.prepare(index)
         except Reverted as e:
-            self._put_off[index] = now_s + REFUSED_WAIT_S
+            self._put_off_until_s[index] = now_s + REFUSED_WAIT_S
             _log.error("pool address refused", index=index, reason=str(e))
             return True
         async with transaction(self.engine) as conn:
@@ -72,7 +74,7 @@ class PoolKeeper:
         async with transaction(self.engine) as conn:
             begun = await conn.scalar(
                 select(func.min(solana_pool.c.pool_index)).where(
-                    solana_pool.c.ready_at.is_(None), solana_pool.c.pool_index.not_in(self._put_off)
+                    solana_pool.c.ready_at.is_(None), solana_pool.c.pool_index.not_in(self._put_off_until_s)
                 )
             )
             if begun is not None:

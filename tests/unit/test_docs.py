@@ -17,7 +17,7 @@ from marketplace.cli import app as tollway
 from node_agent.cli import app as tollway_node
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-SKIPPED: Final = {".venv", ".engine", "node_modules", "var", ".git"}
+SKIPPED: Final = {".venv", ".bench", ".engine", "node_modules", "var", ".git"}
 COMMANDS: Final = {
     "tollway": typer.main.get_command(tollway),
     "tollway-node": typer.main.get_command(tollway_node),

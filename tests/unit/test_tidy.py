@@ -76,7 +76,7 @@ FOREIGN: Final = {
     r"solders": ("chain/solana/", "chain/localnet/"),
     r"nkeys": (
         "marketplace/fabric/nkey_jwt.py", "marketplace/platform/embedded_nats.py",
-        "marketplace/platform/nats_configuration.py", "node_agent/identity.py",
+        "marketplace/platform/nats_configuration.py", "node_agent/identity.py", "node_agent/receipts.py",
     ),
     r"nats": ("node_agent/service.py", "node_agent/fabric_link.py"),
     r"stripe": ("marketplace/billing/",),
@@ -102,7 +102,7 @@ def tracked() -> tuple[str, ...]:
             ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
         )
         return tuple(name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
-    skipped = {".venv", ".engine", "node_modules", "var", "__pycache__", "dist"}
+    skipped = {".venv", ".bench", ".engine", "node_modules", "var", "__pycache__", "dist"}
     found = (path for path in ROOT.rglob("*") if path.is_file())
     names = (path.relative_to(ROOT) for path in found)
     return tuple(
