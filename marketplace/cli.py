@@ -106,7 +106,9 @@ def serve(
         settings = load_settings()
         if workers is None:
             from marketplace.app import serve as serve_gateway
+            from marketplace.platform.garbage import collect_rarely
 
+            collect_rarely()
             uvloop.run(serve_gateway(settings, listen_fd=listen_fd, ready_fd=ready_fd))
             return
         from marketplace.gateway.workers import run_workers
