@@ -83,6 +83,13 @@ from marketplace.settlement.routes import router as settlement_router
 DRAIN_S = 30
 """How long a stopping gateway lets its streams finish."""
 VERSION = "0.1.0"
+ROUTERS = (
+    chat_router, quote_router, catalog_router, gateway_router, accounts_router,
+    deposits_router, fabric_router, settlement_router,
+    notices_router, requirement_router, stripe_router, reputation_router,
+    receipts_router, usage_router, statistics_router,
+)  # fmt: skip
+"""Every package's routes; the served OpenAPI is made of them."""
 
 _log = structlog.get_logger()
 
@@ -163,12 +170,7 @@ class Gateway:
         app.state.stripe = open_door(self.settings, record_identity_check)
         app.state.identity_provider = None if app.state.stripe is None else app.state.stripe.identity
         install_error_handlers(app)
-        for router in (
-            chat_router, quote_router, catalog_router, gateway_router, accounts_router,
-            deposits_router, fabric_router, settlement_router,
-            notices_router, requirement_router, stripe_router, reputation_router,
-            receipts_router, usage_router, statistics_router,
-        ):  # fmt: skip
+        for router in ROUTERS:
             app.include_router(router)
         self._add_operations(app)
         app.add_middleware(

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pytest
 import typer.main
+from fastapi import FastAPI
 
 from marketplace.cli import app as tollway
 from node_agent.cli import app as tollway_node
@@ -117,35 +118,16 @@ def test_readme_shows_every_role_its_commands() -> None:
 @cache
 def routes() -> list[tuple[str, re.Pattern[str]]]:
     """(method, path) of every route of the gateway."""
-    from marketplace.accounts.routes import router as accounts
-    from marketplace.deposits.routes import router as deposits
-    from marketplace.fabric.routes import router as fabric
-    from marketplace.gateway.openapi import router as chat
-    from marketplace.gateway.receipts_routes import router as receipts
-    from marketplace.gateway.routes import router as gateway
-    from marketplace.gateway.statistics_routes import router as statistics
-    from marketplace.gateway.usage_routes import router as usage
-    from marketplace.notices.routes import router as notices
-    from marketplace.settlement.routes import router as settlement
+    from marketplace.app import ROUTERS
 
+    app = FastAPI()
+    for router in ROUTERS:
+        app.include_router(router)
     found = []
-    for router in (
-        accounts,
-        chat,
-        deposits,
-        fabric,
-        gateway,
-        notices,
-        receipts,
-        settlement,
-        statistics,
-        usage,
-    ):
-        for route in router.routes:
-            path: str = getattr(route, "path", "")
-            parts = ("[^/]+" if part.startswith("{") else re.escape(part) for part in path.split("/"))
-            pattern = re.compile("/".join(parts))
-            found += [(method, pattern) for method in getattr(route, "methods", ())]
+    for path, methods in app.openapi()["paths"].items():
+        parts = ("[^/]+" if part.startswith("{") else re.escape(part) for part in path.split("/"))
+        pattern = re.compile("/".join(parts))
+        found += [(method.upper(), pattern) for method in methods]
     return found
 
 
