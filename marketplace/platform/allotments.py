@@ -338,7 +338,8 @@ class Allotments:
             units = waiter.units
             if units > waiter.least:
                 units = max(waiter.least, min(units, max((part.left for part in counter.parts), default=0)))
-            grant = self._take_from_parts(counter, units, now)
+            # Who waits asked before `began`, and counts from then, however long the answer took.
+            grant = self._take_from_parts(counter, units, began)
             if grant is None:
                 counter.refused_until, counter.refused_units = now + KEEP_S, waiter.least
                 waiter.future.set_result(Refused(max(1, ceil(reset_ms / 1000))))

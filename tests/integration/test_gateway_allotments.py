@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -40,6 +41,16 @@ async def _units(engine: AsyncEngine, subject: str) -> int:
             "SELECT coalesce(sum(u), 0) FROM allotments, unnest(units) AS u WHERE subject = :subject"
         )
         return int(await connection.scalar(query, {"subject": subject}) or 0)
+
+
+async def test_who_waited_for_a_slow_database_is_not_refused(engine: AsyncEngine) -> None:
+    ticks = itertools.count(0.0, 2 * PART_MS / 1000)  # every look at the clock, a part's life has passed
+    slow = Allotments(engine, lambda: next(ticks))
+    await slow.start()
+    try:
+        assert isinstance(await slow.take("eve", Ceiling("requests", 60, MINUTE_MS)), Grant)
+    finally:
+        await slow.stop()
 
 
 async def test_four_processes_let_exactly_the_ceiling_through(engine: AsyncEngine) -> None:
