@@ -25,9 +25,9 @@ TOLLWAY = (sys.executable, "-m", "marketplace")
 IS_UP = "Ctrl-C or `make down` ends it"
 END_S = 20
 """A killed stack may take so long to be gone."""
-DEMO_S = 420
+DEMO_S = 600
 """Of the whole demo with the tiny model; 100 s on a quiet machine."""
-PATIENCE_S = 100
+PATIENCE_S = 200
 """Of a start on two cores that do other things too; 10 s on a quiet machine."""
 
 
