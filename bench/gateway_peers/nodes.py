@@ -91,11 +91,12 @@ class Wheel:
         self._is_turning = False
 
     def put(self, answer: PacedAnswer) -> None:
-        self._slots.setdefault(answer.due_ms, []).append(answer)
         if not self._is_turning:
             self._is_turning = True
             self._now_ms = int(self._loop.time() * 1000)
             self._loop.call_later(0.001, self._turn)
+        answer.due_ms = max(answer.due_ms, self._now_ms)  # what lies before was looked at already
+        self._slots.setdefault(answer.due_ms, []).append(answer)
 
     def _turn(self) -> None:
         until_ms = int(self._loop.time() * 1000)
