@@ -22,7 +22,6 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from marketplace.platform import database
 from marketplace.platform.errors import SetupFault
 
 SECRET_CHARACTERS_MIN: Final = 32
@@ -135,6 +134,8 @@ class Settings(BaseSettings):
     @field_validator("database_url", mode="after")
     @classmethod
     def _name_driver(cls, given: SecretStr) -> SecretStr:
+        from marketplace.platform import database  # half of a command's start-up time, needed by some
+
         return SecretStr(database.with_driver(given.get_secret_value())) if given else given
 
     @model_validator(mode="after")

@@ -84,6 +84,7 @@ async def test_nodes_official_client_works_unchanged(gateway: RunningGateway) ->
     assert await _served(gateway) == 3
 
 
+@pytest.mark.slow  # as above: fifteen seconds of imports
 async def test_langchain_works_unchanged(gateway: RunningGateway) -> None:
     facts = await _facts(gateway, sys.executable, str(CLIENTS / "langchain_client.py"))
     _assert_served(facts)
