@@ -8,3 +8,4 @@ pin pyproject.toml --extra dev -o requirements/dev.lock
 for extra in node marketplace; do
   pin pyproject.toml --extra "$extra" -c requirements/dev.lock -o "requirements/$extra.lock"
 done
+pin bench/peers.in -o requirements/peers.lock
