@@ -77,6 +77,7 @@ async def interleaved(
             while not (is_waiting := bool(await watcher.scalar(text(waiting), {"pid": pid}))):
                 if running.done():
                     break
+                await watcher.rollback()  # a transaction sees the sessions of its first look
                 await asyncio.sleep(0.01)
         await (transaction.commit() if commits else transaction.rollback())
         outcome = (await asyncio.gather(running, return_exceptions=True))[0]
