@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -126,6 +126,10 @@ def make_environment() -> None:
         [*uv, "install", "--python", PYTHON, "--require-hashes", "-r", "requirements/dev.lock"],
         "installing packages",
     )
+    # Else every command of the stack compiles what it imports again wherever Python may not write
+    # bytecode (PYTHONDONTWRITEBYTECODE): 2.5 s a start instead of 0.8 s.
+    with suppress(SetupError):  # some packages carry templates that are no Python
+        run([PYTHON, "-m", "compileall", "-q", "-j", "0", VENV / "lib"], "compiling packages")
     run(
         [*uv, "install", "--python", PYTHON, "--no-deps", "--no-build-isolation", "-e", "."],
         "installing tollway",
@@ -189,6 +193,7 @@ def set_up(*, has_engine: bool) -> None:
         fingerprint("package.json", "package-lock.json"),
         install_chain_parts,
     )
+    run([PYTHON, "-m", "compileall", "-q", "chain", "marketplace", "node_agent"], "compiling tollway")
     if has_engine:
         build_engine()
 
