@@ -22,7 +22,7 @@ down: ## end what `make up` started
 	@exec $(BIN)/tollway down
 
 test: setup check ## every check and every test, with the real vLLM
-	@exec $(BIN)/pytest -n 3 -m 'not slow' --durations 15
+	@exec $(BIN)/pytest -n 2 -m 'not slow' --durations 15
 
 test-slow: setup ## the tests that kill and restart whole stacks and batches at every point (half an hour)
 	@exec $(BIN)/pytest -m slow --durations 15

@@ -193,7 +193,6 @@ def set_up(*, has_engine: bool) -> None:
         fingerprint("package.json", "package-lock.json"),
         install_chain_parts,
     )
-    run([PYTHON, "-m", "compileall", "-q", "chain", "marketplace", "node_agent"], "compiling tollway")
     if has_engine:
         build_engine()
 
