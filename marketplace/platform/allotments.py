@@ -141,6 +141,8 @@ class _Asked(NamedTuple):
     least: int
     give_mark: int
     give_units: int
+    waiters: int = 0
+    """How many of the counter's waiters are asked for, the first ones; later ones wait for the next answer."""
     is_return: bool = False
 
 
@@ -284,7 +286,9 @@ class Allotments:
     async def _ask(self, wanted: Sequence[_Counter]) -> None:
         asked = [self._asked(counter) for counter in wanted]
         returned, self._returned = self._returned, {}
-        asked += [_Asked(counter, 0, 0, mark, units, True) for (counter, mark), units in returned.items()]
+        asked += [
+            _Asked(counter, 0, 0, mark, units, is_return=True) for (counter, mark), units in returned.items()
+        ]
         if not asked:
             return
         asked.sort(key=lambda ask: (ask.counter.subject, ask.counter.ceiling.rule))  # no deadlocks
@@ -295,7 +299,7 @@ class Allotments:
                 rows = (await connection.execute(_TAKE, _arrays(asked))).all()
         except _FAULTS as e:
             for ask in asked:
-                self._fail(ask.counter, AllotmentsUnavailable(type(e).__name__))
+                self._fail(ask, AllotmentsUnavailable(type(e).__name__))
             raise AllotmentsUnavailable(type(e).__name__) from e
         for ask, row in zip(asked, rows, strict=True):
             if not ask.is_return:
@@ -303,17 +307,17 @@ class Allotments:
 
     def _asked(self, counter: _Counter) -> _Asked:
         ceiling = counter.ceiling
-        waiting = sum(waiter.units for waiter in counter.waiters)
+        waiting, waiters = sum(waiter.units for waiter in counter.waiters), len(counter.waiters)
         least = min((waiter.least for waiter in counter.waiters), default=0)
         spare = min(2 * counter.taken_since, ceiling.units // PARTS)
         counter.taken_since = 0
         if not counter.is_held:
-            return _Asked(counter, max(waiting, spare), least, 0, 0)
+            return _Asked(counter, max(waiting, spare), least, 0, 0, waiters)
         # What is held moves into the new part in the same statement, so nobody can take it in between.
         given = [(part.mark, part.left) for part in counter.parts]
         mark = given[0][0] if given else 0
         units = counter.held + given[0][1] if given else 0
-        return _Asked(counter, counter.held + max(waiting, spare), counter.held, mark, units)
+        return _Asked(counter, counter.held + max(waiting, spare), counter.held, mark, units, waiters)
 
     def _granted(
         self, ask: _Asked, granted: int, remaining: int, mark: int, reset_ms: int, began: float
@@ -332,7 +336,7 @@ class Allotments:
             counter.parts.append(_Part(mark, granted, until))
         waiters, counter.waiters = counter.waiters, []
         now = self._monotonic()
-        for waiter in waiters:
+        for place, waiter in enumerate(waiters):
             if waiter.future.done():
                 continue
             units = waiter.units
@@ -340,18 +344,25 @@ class Allotments:
                 units = max(waiter.least, min(units, max((part.left for part in counter.parts), default=0)))
             # Who waits asked before `began`, and counts from then, however long the answer took.
             grant = self._take_from_parts(counter, units, began)
-            if grant is None:
+            if grant is None and place >= ask.waiters:  # came while the database was asked, not for him
+                counter.waiters.append(waiter)
+            elif grant is None:
                 counter.refused_until, counter.refused_units = now + KEEP_S, waiter.least
                 waiter.future.set_result(Refused(max(1, ceil(reset_ms / 1000))))
             else:
                 waiter.future.set_result(grant)
+        if counter.waiters:
+            self._want(counter)
 
-    def _fail(self, counter: _Counter, error: AllotmentsUnavailable) -> None:
+    def _fail(self, ask: _Asked, error: AllotmentsUnavailable) -> None:
+        counter = ask.counter
         counter.is_asked = False
-        waiters, counter.waiters = counter.waiters, []
-        for waiter in waiters:
+        told, counter.waiters = counter.waiters[: ask.waiters], counter.waiters[ask.waiters :]
+        for waiter in told:
             if not waiter.future.done():
                 waiter.future.set_exception(error)
+        if counter.waiters:
+            self._want(counter)
 
     # ---- keeping
 

@@ -53,6 +53,20 @@ async def test_who_waited_for_a_slow_database_is_not_refused(engine: AsyncEngine
         await slow.stop()
 
 
+async def test_who_comes_while_the_database_is_asked_waits_for_the_next_answer(engine: AsyncEngine) -> None:
+    ceiling = Ceiling("requests", 60, MINUTE_MS)
+    async with processes(engine, 1) as (one,), engine.connect() as other:
+        assert isinstance(await one.take("eve", ceiling), Grant)
+        await other.execute(text("SELECT 1 FROM allotments WHERE subject = 'eve' FOR UPDATE"))
+        takers = [asyncio.create_task(one.take("eve", ceiling)) for _ in range(8)]
+        await asyncio.sleep(0.2)  # these are being asked for, and the answer waits for `other`
+        takers += [asyncio.create_task(one.take("eve", ceiling)) for _ in range(40)]
+        await asyncio.sleep(0.1)
+        await other.rollback()
+        answers = await asyncio.gather(*takers)
+        assert [type(answer) for answer in answers] == [Grant] * 48
+
+
 async def test_four_processes_let_exactly_the_ceiling_through(engine: AsyncEngine) -> None:
     ceiling = Ceiling("requests", 60, MINUTE_MS)
     async with processes(engine, 4) as running:
