@@ -79,9 +79,12 @@ from marketplace.routing.replay import DecisionLog
 from marketplace.routing.service import FabricService
 from marketplace.settlement.kyc import record as record_identity_check
 from marketplace.settlement.routes import router as settlement_router
+from node_agent.protocol import STATUS_EVERY_MS
 
 DRAIN_S = 30
 """How long a stopping gateway lets its streams finish."""
+HEAR_S = 1.25 * STATUS_EVERY_MS / 1000
+"""How long a new worker listens to the nodes before it accepts: each speaks once in STATUS_EVERY_MS."""
 VERSION = "0.1.0"
 ROUTERS = (
     chat_router, quote_router, catalog_router, gateway_router, accounts_router,
@@ -296,5 +299,9 @@ async def serve(settings: Settings, *, listen_fd: int | None = None, ready_fd: i
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
         _log.info("gateway is serving", host=settings.api_host, port=settings.api_port)
-        sockets = None if listen_fd is None else [socket.socket(fileno=listen_fd)]
+        sockets = None
+        if listen_fd is not None:
+            # Others serve meanwhile; who accepts before the nodes have spoken answers 503.
+            await asyncio.sleep(HEAR_S)
+            sockets = [socket.socket(fileno=listen_fd)]
         await server.serve(sockets=sockets)

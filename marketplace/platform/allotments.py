@@ -142,7 +142,7 @@ class _Asked(NamedTuple):
     give_mark: int
     give_units: int
     waiters: int = 0
-    """How many of the counter's waiters are asked for, the first ones; later ones wait for the next answer."""
+    """How many waiters are asked for, the first ones; who came later waits for the next answer."""
     is_return: bool = False
 
 
