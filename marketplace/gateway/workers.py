@@ -1,4 +1,4 @@
-"""`tollway serve --workers N`: several gateway processes on one socket, replaced without anybody noticing.
+"""`tollway serve --workers N`: several gateway processes on one socket, replaced one by one.
 
 The owner binds the socket once and hands it to every worker, so connections wait in one row that outlives any
 of them.  SIGHUP replaces the workers one after the other: the new one takes connections before the old one is
