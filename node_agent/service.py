@@ -151,7 +151,8 @@ class Service:
     async def _disconnect(self) -> None:
         """Send what is still to be sent and close, whatever state the connection is in."""
         for step in (self._nats.flush, self._nats.close):
-            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+            # nats-py asserts that it was begun, which settings it cannot begin with prevent
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError, AssertionError):
                 async with asyncio.timeout(DISCONNECT_SECONDS_MAX):
                     await step()
 
