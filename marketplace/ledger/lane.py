@@ -4,8 +4,11 @@ Exclusive means an advisory lock held by the lane's own database session.  When 
 somebody holds the lock again, no transaction of the old session is running any more; so after a lost
 commit, the chain tells for certain whether the batch landed.
 
-The transaction: COPY the rows, lock leases by id, lock balances by account id, consume leases and move
-balances (each row once), append to the chain.  It talks to asyncpg below SQLAlchemy: binary COPY.
+The transaction: write the rows, lock leases by id, lock balances by account id, consume leases and move
+balances (each row once), append to the chain.  A small batch is one call of the database's `post_charges`,
+one round trip; a larger one a binary COPY and a call of `extend_lane`.  Both are for the usual case, in which
+every lease covers its charges; where one does not, nothing was done, and the batch is posted step by step.
+It talks to asyncpg below SQLAlchemy, for COPY.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ from marketplace.ledger.lease_book import Hold
 from marketplace.ledger.money import Nano
 
 LANES_MAX: Final = 64
+ONE_CALL_ROWS_MAX: Final = 64
+"""Up to so many rows travel as arrays in one call; COPY is cheaper a row, and costs four round trips more."""
+_UNUSUAL: Final = "TW001"
+"""SQLSTATE of a batch that is not the usual case (`ledger_0004`)."""
 _LOCK_CLASS: Final = 0x6C616E65
 """First half of the advisory lock's key ("lane"); the second is the lane's number."""
 
@@ -55,6 +62,8 @@ _HOLDER: Final = """
     WHERE locktype = 'advisory' AND granted AND objsubid = 2
       AND classid = $1::int::oid AND objid = $2::int::oid
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+_POST: Final = f"SELECT post_charges({', '.join(f'${n}' for n in range(1, 28))})"
+_EXTEND: Final = f"SELECT extend_lane({', '.join(f'${n}' for n in range(1, 14))})"
 _LOCK_LEASES: Final = """
     SELECT id, buyer, amount FROM leases WHERE id = ANY($1::uuid[]) ORDER BY id FOR NO KEY UPDATE"""
 _LOCK_BALANCES: Final = """
@@ -220,6 +229,8 @@ class _Moves:
     buyers: dict[int, int] = field(default_factory=dict)
     operators: dict[int, int] = field(default_factory=dict)
     leases: dict[UUID, int] = field(default_factory=dict)
+    unheld: dict[int, int] = field(default_factory=dict)
+    """By buyer, should every lease give what is asked of it."""
     last_charge: dict[int, UUID] = field(default_factory=dict)
     fees: int = 0
     total: int = 0
@@ -241,6 +252,7 @@ def _moves(part: Sequence[Waiting]) -> _Moves:
         if hold is not None and hold.amount_nano:
             used = min(amount, hold.amount_nano)
             leases[hold.lease_id] = leases.get(hold.lease_id, 0) + used
+            moves.unheld[charge.buyer] = moves.unheld.get(charge.buyer, 0) + used
     return moves
 
 
@@ -254,11 +266,106 @@ async def commit(
     new_id: NewId,
 ) -> None:
     """One transaction: the batch is durable when this returns; on any exception ask the chain's head."""
-    driver, moves = lane.driver, _moves(part)
-    ids = [waiting.charge.id for waiting in part]
+    moves = _moves(part)
+    try:
+        if with_loss:
+            await _commit_by_steps(lane, part, attempt, rows, moves, with_loss=True, new_id=new_id)
+        elif len(part) <= ONE_CALL_ROWS_MAX:
+            await _commit_in_one_call(lane, part, attempt, moves)
+        else:
+            await _commit_by_copy(lane, part, attempt, rows, moves)
+    except asyncpg.PostgresError as e:
+        if e.sqlstate != _UNUSUAL:
+            raise
+        await _commit_by_steps(lane, part, attempt, rows, moves, with_loss=False, new_id=new_id)
+    lane.n, lane.hash = attempt.n, attempt.hash
+
+
+def _usual(lane: Lane, moves: _Moves) -> tuple[list[UUID], list[int], list[int], list[int], list[int]]:
+    """(lease ids, consumed, account ids, added, released), should every lease cover its charges."""
+    added = {account: -amount for account, amount in moves.buyers.items()}
+    for account, amount in moves.operators.items():
+        added[account] = added.get(account, 0) + amount
+    if moves.total:
+        added[lane.revenue] = moves.fees
+    return (
+        list(moves.leases),
+        list(moves.leases.values()),
+        list(added),
+        list(added.values()),
+        [moves.unheld.get(account, 0) for account in added],
+    )
+
+
+async def _commit_in_one_call(lane: Lane, part: Sequence[Waiting], attempt: Attempt, moves: _Moves) -> None:
+    charges = [waiting.charge for waiting in part]
+    await lane.driver.execute(
+        _POST,
+        [c.id for c in charges],
+        [c.buyer for c in charges],
+        [c.operator for c in charges],
+        [c.amount.n for c in charges],
+        [c.fee.n for c in charges],
+        [c.node for c in charges],
+        [c.model for c in charges],
+        [c.key_id for c in charges],
+        [c.tok_in for c in charges],
+        [c.tok_out for c in charges],
+        [c.counted_by for c in charges],
+        [c.price_version for c in charges],
+        [c.latency_ms for c in charges],
+        [c.ttft_ms for c in charges],
+        [c.status for c in charges],
+        [c.finish for c in charges],
+        [c.stream for c in charges],
+        lane.number,
+        attempt.n,
+        moves.total,
+        attempt.previous,
+        attempt.hash,
+        *_usual(lane, moves),
+    )
+
+
+async def _copy(lane: Lane, rows: Sequence[bytes]) -> None:
+    source = io.BytesIO(b"".join((COPY_HEADER, *rows, COPY_TRAILER)))
+    await lane.driver.copy_to_table("charges", source=source, format="binary", columns=COLUMNS)
+
+
+async def _commit_by_copy(
+    lane: Lane, part: Sequence[Waiting], attempt: Attempt, rows: Sequence[bytes], moves: _Moves
+) -> None:
+    driver = lane.driver
     async with driver.transaction():
-        source = io.BytesIO(b"".join((COPY_HEADER, *rows, COPY_TRAILER)))
-        await driver.copy_to_table("charges", source=source, format="binary", columns=COLUMNS)
+        await _copy(lane, rows)
+        await driver.execute(
+            _EXTEND,
+            lane.number,
+            attempt.n,
+            part[0].charge.id,
+            part[-1].charge.id,
+            len(part),
+            moves.total,
+            attempt.previous,
+            attempt.hash,
+            *_usual(lane, moves),
+        )
+
+
+async def _commit_by_steps(
+    lane: Lane,
+    part: Sequence[Waiting],
+    attempt: Attempt,
+    rows: Sequence[bytes],
+    moves: _Moves,
+    *,
+    with_loss: bool,
+    new_id: NewId,
+) -> None:
+    """The general case: leases that are gone, accounts that are missing, money that is short."""
+    driver = lane.driver
+    async with driver.transaction():
+        await _copy(lane, rows)
         used, unheld = await _lock_leases(driver, moves)
         posted = await _lock_and_move(lane, moves, unheld, with_loss=with_loss, new_id=new_id)
         await driver.execute(
@@ -270,14 +377,13 @@ async def commit(
             [unheld.get(account, 0) for account in posted],
             lane.number,
             attempt.n,
-            ids[0],
-            ids[-1],
+            part[0].charge.id,
+            part[-1].charge.id,
             len(part),
             moves.total,
             attempt.previous,
             attempt.hash,
         )
-    lane.n, lane.hash = attempt.n, attempt.hash
 
 
 async def _lock_leases(

@@ -26,6 +26,7 @@ from marketplace.ledger.errors import (
     UnknownResult,
 )
 from marketplace.ledger.ids import uuid7
+from marketplace.ledger.lane import ONE_CALL_ROWS_MAX
 from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.money import Nano, split
 from marketplace.ledger.poster import Poster
@@ -52,12 +53,12 @@ async def owner_engine(database_url: str) -> AsyncIterator[AsyncEngine]:
 
 
 class CuttingProxy:
-    """Stands between the client and the database; cuts a connection in the middle of its COMMIT."""
+    """Stands between the client and the database; cuts a connection in the middle of what commits."""
 
     def __init__(self, database_url: str) -> None:
         self._target = make_url(database_url)
         self._folder = Path(tempfile.mkdtemp(prefix="ledger-proxy-"))
-        self._armed: bool | None = None
+        self._armed: tuple[bytes, bool] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self.cuts = 0
@@ -86,8 +87,9 @@ class CuttingProxy:
         await asyncio.sleep(0.05)
         (self._folder / ".s.PGSQL.5432").unlink(missing_ok=True)
 
-    def cut_at_next_commit(self, *, reaches_the_server: bool) -> None:
-        self._armed = reaches_the_server
+    def cut_at(self, message: bytes, *, reaches_the_server: bool) -> None:
+        """Cut where the client next sends these bytes."""
+        self._armed = message, reaches_the_server
 
     async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         url = self._target
@@ -109,8 +111,8 @@ class CuttingProxy:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(65_536):
-                if back is not None and self._armed is not None and b"COMMIT" in data:
-                    reaches, self._armed = self._armed, None
+                if back is not None and self._armed is not None and self._armed[0] in data:
+                    (_, reaches), self._armed = self._armed, None
                     self.cuts += 1
                     back.transport.abort()
                     if not reaches:
@@ -271,7 +273,8 @@ async def test_failed_requests_are_logged_without_moving_money(ledger_engine):
     assert await everything_holds(ledger_engine)
 
 
-async def test_a_charge_whose_lease_was_reaped_is_posted_and_its_shortfall_carried(ledger_engine):
+@pytest.mark.parametrize("beside", [0, ONE_CALL_ROWS_MAX], ids=["one call", "copy"])
+async def test_a_charge_whose_lease_was_reaped_is_posted_and_its_shortfall_carried(ledger_engine, beside):
     buyer, operator = await a_buyer(ledger_engine, balance=10_000), await an_operator(ledger_engine)
     async with serving(ledger_engine) as (keeper, poster):
         hold = await keeper.authorise(buyer, Nano(8_000))
@@ -279,7 +282,9 @@ async def test_a_charge_whose_lease_was_reaped_is_posted_and_its_shortfall_carri
             await conn.execute(text("UPDATE leases SET expires = now() - interval '1 minute'"))
             assert await leases.reap(conn) == 1
             await leases.lease(conn, buyer, "another", Nano(7_000))  # spends what the dead lease had held
-        assert await poster.post(a_charge(buyer, operator, 5_000), hold) is True
+        free = (poster.post(a_charge(buyer, operator, 0)) for _ in range(beside))
+        posted = await asyncio.gather(poster.post(a_charge(buyer, operator, 5_000), hold), *free)
+        assert posted == [True] * (beside + 1)
     after = await balance_of(ledger_engine, accounts.buyer("ann"))
     assert (after.posted.n, after.held.n) == (7_000, 7_000)  # 10,000 − 5,000 + 2,000 carried
     assert (await balance_of(ledger_engine, accounts.LOSS)).posted.n == -2_000
@@ -331,8 +336,9 @@ async def test_prove_finds_what_somebody_with_full_rights_changed(
 
 
 @pytest.mark.parametrize("reaches_the_server", [True, False])
+@pytest.mark.parametrize("rows", [10, ONE_CALL_ROWS_MAX + 1])
 async def test_a_connection_lost_in_the_commit_posts_exactly_once(
-    ledger_engine, database_url, reaches_the_server
+    ledger_engine, database_url, reaches_the_server, rows
 ):
     buyer, operator = await a_buyer(ledger_engine, balance=DOLLAR), await an_operator(ledger_engine)
     async with CuttingProxy(database_url) as proxy:
@@ -341,14 +347,17 @@ async def test_a_connection_lost_in_the_commit_posts_exactly_once(
             async with serving(engine, patience_s=10) as (keeper, poster):
                 assert await poster.post(a_charge(buyer, operator, 1)) is True
                 hold = await keeper.authorise(buyer, Nano(5_000))
-                proxy.cut_at_next_commit(reaches_the_server=reaches_the_server)
-                charges = [a_charge(buyer, operator, 1_000) for _ in range(10)]
+                charges = [a_charge(buyer, operator, 1_000) for _ in range(rows)]
+                call = charges[0].id.bytes  # among the arguments of the one call
+                proxy.cut_at(
+                    call if rows <= ONE_CALL_ROWS_MAX else b"COMMIT", reaches_the_server=reaches_the_server
+                )
                 posts = [poster.post(charges[0], hold), *(poster.post(charge) for charge in charges[1:])]
-                assert await asyncio.gather(*posts) == [True] * 10
+                assert await asyncio.gather(*posts) == [True] * rows
                 assert proxy.cuts == 1
         finally:
             await engine.dispose()
-    assert (await balance_of(ledger_engine, accounts.buyer("ann"))).posted.n == DOLLAR - 10_001
+    assert (await balance_of(ledger_engine, accounts.buyer("ann"))).posted.n == DOLLAR - rows * 1_000 - 1
     assert (await balance_of(ledger_engine, accounts.buyer("ann"))).held.n == 0
     assert await everything_holds(ledger_engine)
 
