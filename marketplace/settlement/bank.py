@@ -40,7 +40,7 @@ from marketplace.settlement.earnings import lock_earnings
 from marketplace.settlement.eligibility import Case, broken_rules
 from marketplace.settlement.errors import KeyReused, NotFound, SettlementRefusal, WrongState
 from marketplace.settlement.tables import bank_accounts, bank_withdrawals
-from marketplace.settlement.withdrawals import Limits, not_eligible, withdrawn_before
+from marketplace.settlement.withdrawals import Limits, not_eligible, over_limit, withdrawn_before
 
 ACCOUNTS_MAX: Final = 10
 """Bank accounts one person may have in use."""
@@ -140,7 +140,7 @@ async def accounts_of(conn: AsyncConnection, person: UUID) -> list[BankAccount]:
 
 
 async def retire_account(conn: AsyncConnection, *, person: UUID, account_id: UUID, now: datetime) -> None:
-    """Take an account out of use.  What was requested keeps the account it was given."""
+    """Take an account out of use.  What was requested keeps the account it was given.  He is told."""
     t = bank_accounts.c
     done = await conn.execute(
         update(bank_accounts)
@@ -149,6 +149,8 @@ async def retire_account(conn: AsyncConnection, *, person: UUID, account_id: UUI
     )
     if done.rowcount == 0:
         raise NotFound("you have no such bank account in use")
+    message = f"bank account {account_id} was retired. If it was not you, tell us."
+    await outbox.enqueue(conn, "payout_address_retired", person, {"message": message}, now=now)
 
 
 async def request(
@@ -227,10 +229,18 @@ async def cancel(
 async def approve(
     conn: AsyncConnection, withdrawal_id: UUID, *, actor: str, reason: str, now: datetime
 ) -> BankWithdrawal:
-    """One person lets it out; WrongState while payouts are halted."""
+    """One person lets it out.
+
+    WrongState while payouts are halted, or if the operator has since lost his good standing (`standing`) or
+    may by today's limits not withdraw as much (`kyc`); it can be approved later, or refused.
+    """
     row = await _lock(conn, withdrawal_id)
     _require(row, Status.REQUESTED)
     await _require_running(conn)
+    if why := (await people.bad_standings(conn, [row.person_id])).get(row.person_id):
+        raise WrongState(f"the operator is not in good standing: {why}", code="standing")
+    if why := (await over_limit(conn, [row.person_id])).get(row.id):
+        raise WrongState(why, code="kyc")
     return await _move(conn, row.id, now, status=Status.APPROVED.value, decided_by=actor, reason=reason)
 
 

@@ -13,6 +13,8 @@ address_unknown   the address is in the person's address book, in use
 address_cooling   the address has been there for the cooling time (A43)
 earnings          the amount is at most the matured earnings
 ================  ====================================================================================
+
+Standing and KYC are asked again before the money leaves: both may have lapsed (`withdrawals.over_limit`).
 """
 
 from __future__ import annotations
@@ -54,7 +56,13 @@ class BrokenRule:
 
 def broken_rules(case: Case) -> tuple[BrokenRule, ...]:
     """Give every rule the withdrawal breaks; empty means it may be made."""
-    found = (_minimum(case), _standing(case), _kyc(case), _address(case), _earnings(case))
+    kyc = kyc_rule(
+        case.amount,
+        case.withdrawn_before + case.amount,
+        withdrawal_max=case.withdrawal_max,
+        total_max=case.total_max,
+    )
+    found = (_minimum(case), _standing(case), kyc, _address(case), _earnings(case))
     return tuple(rule for rule in found if rule is not None)
 
 
@@ -78,14 +86,16 @@ def _standing(case: Case) -> BrokenRule | None:
     )
 
 
-def _kyc(case: Case) -> BrokenRule | None:
+def kyc_rule(
+    amount: Nano, total: Nano, *, withdrawal_max: Nano | None, total_max: Nano | None
+) -> BrokenRule | None:
+    """Which KYC limit `amount` breaks, being the last part of `total`."""
     remedy = "verify your identity once (POST /api/kyc/checks), then request again"
-    if case.withdrawal_max is not None and case.amount > case.withdrawal_max:
-        message = f"withdrawals over ${case.withdrawal_max} need a verified identity"
+    if withdrawal_max is not None and amount > withdrawal_max:
+        message = f"withdrawals over ${withdrawal_max} need a verified identity"
         return BrokenRule("kyc_withdrawal", message, remedy)
-    total = case.withdrawn_before + case.amount
-    if case.total_max is not None and total > case.total_max:
-        message = f"withdrawals of ${total} in all, over ${case.total_max}, need a verified identity"
+    if total_max is not None and total > total_max:
+        message = f"withdrawals of ${total} in all, over ${total_max}, need a verified identity"
         return BrokenRule("kyc_cumulative", message, remedy)
     return None
 

@@ -6,6 +6,7 @@ or by a provider's check; the newest counts, the older ones are the journal (K4)
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -38,6 +39,10 @@ class Tier:
     withdrawal_max: Nano | None
     total_max: Nano | None
     """Of all withdrawals together, ever."""
+
+    @property
+    def is_limited(self) -> bool:
+        return self.withdrawal_max is not None or self.total_max is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +95,19 @@ async def change_tier(
 
 async def tier_of(conn: AsyncConnection, person: UUID) -> Tier:
     """The tier a person has."""
-    statement = select(kyc.c.tier).where(kyc.c.person_id == person).order_by(kyc.c.id.desc()).limit(1)
-    name = await conn.scalar(statement) or NONE
-    return (await tiers(conn))[name]
+    return (await tiers_of(conn, [person]))[person]
+
+
+async def tiers_of(conn: AsyncConnection, persons: Collection[UUID]) -> dict[UUID, Tier]:
+    """The tier each of these persons has."""
+    newest = (
+        select(kyc.c.person_id, kyc.c.tier)
+        .ext(distinct_on(kyc.c.person_id))
+        .where(kyc.c.person_id.in_(persons))
+        .order_by(kyc.c.person_id, kyc.c.id.desc())
+    )
+    known, decided = await tiers(conn), {row.person_id: row.tier for row in await conn.execute(newest)}
+    return {person: known[decided.get(person, NONE)] for person in persons}
 
 
 async def decide(
@@ -116,9 +131,10 @@ async def decide(
 async def ask(conn: AsyncConnection, *, person: UUID, provider: str, now: datetime) -> Check:
     """Put a check on record before the provider hears of it; one under way is given back instead.
 
-    WrongState if the person needs none any more.
+    WrongState if the person needs none any more: his tier is what a check gives, or has no limit.
     """
-    if (await tier_of(conn, person)).name != NONE:
+    tier = await tier_of(conn, person)
+    if tier.name == IDENTITY or not tier.is_limited:
         raise WrongState("your identity is verified already")
     row = insert(identity_checks).values(
         id=uuid7(), person_id=person, provider=provider, status=CheckStatus.ASKED.value,

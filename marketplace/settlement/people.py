@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Final
 from uuid import UUID
 
-from sqlalchemy import insert, select
+from sqlalchemy import Select, insert, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -41,3 +41,14 @@ async def bad_standings(conn: AsyncConnection, persons: Collection[UUID]) -> dic
         .order_by(standings.c.person_id, standings.c.id.desc())
     )
     return {row.person_id: row.reason for row in await conn.execute(newest) if not row.is_good}
+
+
+def in_bad_standing() -> Select[tuple[UUID]]:
+    """Whoever is not in good standing, for use inside another statement."""
+    newest = (
+        select(standings.c.person_id, standings.c.is_good)
+        .ext(distinct_on(standings.c.person_id))
+        .order_by(standings.c.person_id, standings.c.id.desc())
+        .subquery()
+    )
+    return select(newest.c.person_id).where(~newest.c.is_good)

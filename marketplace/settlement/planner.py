@@ -6,6 +6,9 @@ Two transactions with the dry run between them, so that none is open across a ca
 2. outside: the rail dry-runs them and freezes what will be signed (`dry_run` splits off who cannot be paid);
 3. write, under the chain's lock: check again everything 1 relied on, then batch, payouts and ledger at once.
 
+Whoever asked may have lost the right to it since.  In bad standing his request waits, and says so; over
+today's KYC limits, on a sanctions list or not payable on chain it fails, with the reason, and he is told.
+
 The write is READ COMMITTED under locks (chain, requests, then every balance in account order), not
 SERIALIZABLE: the poster changes operators' balances many times a second, and a serializable write is
 refused whenever one of its 300 operators earned something meanwhile.  With the locks nothing is left to
@@ -47,11 +50,12 @@ from marketplace.settlement.digest import batch_digest, merkle_root
 from marketplace.settlement.dry_run import prepare
 from marketplace.settlement.errors import PlanRefused
 from marketplace.settlement.tables import account_openings, payouts, settlement_batches, withdrawals
-from marketplace.settlement.withdrawals import Status
+from marketplace.settlement.withdrawals import Status, over_limit
 
 LINES_MAX: Final = 300
 """Of one batch on any chain; a rail may take fewer (`max_lines`)."""
 ON_A_LIST: Final = "the address is on a sanctions list"
+SUSPENDED: Final = "this account is not in good standing"
 ACCOUNT_MISSING: Final = (
     "the wallet has no USDC account, and we have opened one for you before (closed since, or another "
     "wallet's): open it, then ask again"
@@ -98,16 +102,19 @@ async def plan(engine: AsyncEngine, rail: PayoutRail, clock: Clock, *, planned_b
     `dry_run_failed`, `nobody_payable`, `keeps_changing`) with nothing changed but,
     for `nobody_payable`, the failed requests.
     """
+    async with transaction(engine) as conn:
+        await _tell_suspended(conn, rail.chain, clock.now())
     for _ in range(ATTEMPTS_MAX):
         async with transaction(engine) as conn:
             candidates = await _read(conn, rail, clock.now())
-            listed = await sanctions.listed(conn, {c.address for c in candidates})
-        barred = {str(c.payout_id): ON_A_LIST for c in candidates if c.address in listed}
+            barred = await _barred(conn, candidates)
         try:
             barred |= await _rent_farmers(engine, rail, candidates, clock.now())
-            unsigned, refused = await prepare(
-                rail, [c.line for c in candidates if str(c.payout_id) not in barred]
-            )
+            lines = [c.line for c in candidates if str(c.payout_id) not in barred]
+            try:
+                unsigned, refused = await prepare(rail, lines)
+            finally:
+                await _note_opened(engine, rail, lines, clock.now())
         except ChainRefusal as e:
             raise PlanRefused(f"the dry run fails: {e}", code="dry_run_failed") from e
         try:
@@ -141,12 +148,11 @@ async def _read(conn: AsyncConnection, rail: PayoutRail, now: datetime) -> list[
     statement = (
         select(withdrawals)
         .where(t.chain == rail.chain.value, t.status == Status.REQUESTED.value)
+        .where(t.person_id.not_in(people.in_bad_standing()))
         .order_by(t.created_at, t.id)
-        .limit(LINES_MAX * 4)  # room for those not in good standing
+        .limit(limit)
     )
-    rows = (await conn.execute(statement)).all()
-    bad = await people.bad_standings(conn, {row.person_id for row in rows})
-    waiting = [row for row in rows if row.person_id not in bad][:limit]
+    waiting = (await conn.execute(statement)).all()
     if not waiting:
         raise PlanRefused(f"no withdrawal waits on {rail.chain}", code="nothing_to_plan")
     left = from_micro((await payout_rules.left_today(conn, now=now)).n)
@@ -158,19 +164,45 @@ async def _read(conn: AsyncConnection, rail: PayoutRail, now: datetime) -> list[
     return await _covered(conn, rail.chain, waiting, left)
 
 
+async def _tell_suspended(conn: AsyncConnection, chain: Chain, now: datetime) -> None:
+    """Write down, and tell whoever is not in good standing, why his request waits; once a reason."""
+    t, bad = withdrawals.c, people.in_bad_standing()
+    waiting = (t.chain == chain.value) & (t.status == Status.REQUESTED.value)
+    settled = waiting & t.refusal.is_not(None) & t.person_id.not_in(bad)
+    await conn.execute(update(withdrawals).where(settled).values(refusal=None))
+    statement = select(t.id, t.person_id, t.amount_micro, t.refusal).where(waiting, t.person_id.in_(bad))
+    rows = (await conn.execute(statement.order_by(t.id).with_for_update(key_share=True))).all()
+    reasons = await people.bad_standings(conn, {row.person_id for row in rows})
+    for row in rows:
+        why = f"{SUSPENDED}: {reasons[row.person_id]}"[:1000]
+        if row.refusal == why:
+            continue
+        await conn.execute(update(withdrawals).where(t.id == row.id).values(refusal=why, changed_at=now))
+        message = (
+            f"Your withdrawal of {Micro(row.amount_micro)} USDC waits: {why}. It joins the next batch by "
+            "itself when that is settled; until then you can cancel it."
+        )
+        await outbox.enqueue(conn, "withdrawal_refused", row.person_id, {"message": message}, now=now)
+
+
+async def _barred(conn: AsyncConnection, candidates: Sequence[Candidate]) -> dict[str, str]:
+    """Whom the rules of this moment do not let us pay, by payout id, and why."""
+    listed = await sanctions.listed(conn, {c.address for c in candidates})
+    over = await over_limit(conn, {c.person_id for c in candidates})
+    found = {str(c.payout_id): over[c.withdrawal_id] for c in candidates if c.withdrawal_id in over}
+    return found | {str(c.payout_id): ON_A_LIST for c in candidates if c.address in listed}
+
+
 async def _rent_farmers(
     engine: AsyncEngine, rail: PayoutRail, candidates: Sequence[Candidate], now: datetime
 ) -> dict[str, str]:
     """Payees without a token account for whom we opened one before: its rent went to them (A45).
 
-    We open one per operator and chain, on record before it happens; whoever closes it, or comes with
-    another wallet, opens the next one himself.
+    We open one per operator and chain; whoever closes it, or comes with another wallet, opens the next one
+    himself.  That we are about to is on record before, that we did right after the dry run: so nothing that
+    ends a plan early (a request cancelled meanwhile, a refusal, another's fault) gives an operator a second.
     """
-    look: Callable[[Sequence[PayoutLine]], Awaitable[frozenset[str]]] | None
-    look = getattr(rail, "missing_accounts", None)
-    missing = frozenset[str]() if look is None else await look([c.line for c in candidates])
-    if not missing:
-        return {}
+    missing = await _note_opened(engine, rail, [c.line for c in candidates], now)
     barred: dict[str, str] = {}
     async with transaction(engine) as conn:
         for candidate in (c for c in candidates if c.address in missing):
@@ -179,23 +211,40 @@ async def _rent_farmers(
     return barred
 
 
-async def _may_open(conn: AsyncConnection, chain: Chain, candidate: Candidate, now: datetime) -> bool:
-    """Note that we open this payee's token account; False if we have opened another for this operator.
+async def _note_opened(
+    engine: AsyncEngine, rail: PayoutRail, lines: Sequence[PayoutLine], now: datetime
+) -> frozenset[str]:
+    """Note which of the token accounts we meant to open are there; gives the payees without one."""
+    look: Callable[[Sequence[PayoutLine]], Awaitable[frozenset[str]]] | None
+    look = getattr(rail, "missing_accounts", None)
+    if look is None:
+        return frozenset()
+    missing: frozenset[str] = await look(lines)
+    t = account_openings.c
+    there = {line.to for line in lines} - missing
+    async with transaction(engine) as conn:
+        await conn.execute(
+            update(account_openings)
+            .where(t.chain == rail.chain.value, t.address.in_(there), t.opened_at.is_(None))
+            .values(opened_at=now)
+        )
+    return missing
 
-    The same address may be tried again: a plan that came to nothing may not have opened it.  It is
-    used up once a batch had a payout to it.
+
+async def _may_open(conn: AsyncConnection, chain: Chain, candidate: Candidate, now: datetime) -> bool:
+    """Note that we are about to open this payee's token account; False if we have opened one for him.
+
+    The same address may be tried again until it has succeeded.
     """
-    t, p = account_openings.c, payouts.c
+    t = account_openings.c
     row = insert(account_openings).values(
         person_id=candidate.person_id, chain=chain.value, address=candidate.address, at=now
     )
     if await conn.scalar(row.on_conflict_do_nothing().returning(t.address)) is not None:
         return True
-    opened = await conn.scalar(
-        select(t.address).where(t.person_id == candidate.person_id, t.chain == chain.value)
-    )
-    batched = select(p.id).where(p.person_id == candidate.person_id, p.address == candidate.address).limit(1)
-    return opened == candidate.address and await conn.scalar(batched) is None
+    tried = select(t.address).where(t.person_id == candidate.person_id, t.chain == chain.value)
+    tried = tried.where(t.address == candidate.address, t.opened_at.is_(None))
+    return await conn.scalar(tried) is not None
 
 
 async def _covered(
@@ -248,6 +297,8 @@ async def _write(
     await lock_chain(conn, rail.chain)
     await _check_free(conn, rail.chain)
     await _lock_requests(conn, candidates)
+    if not (await _barred(conn, candidates)).keys() <= refused.keys():
+        raise _Changed
     await lock_accounts(conn, rail.chain, {c.person_id for c in candidates})
     kept = [c for c in candidates if str(c.payout_id) not in refused]
     split_off = tuple(
@@ -360,7 +411,7 @@ async def _freeze(
     await conn.execute(
         update(withdrawals)
         .where(withdrawals.c.id.in_([c.withdrawal_id for c in kept]))
-        .values(status=Status.PLANNED.value, hold_id=None, batch_id=batch_id, changed_at=now)
+        .values(status=Status.PLANNED.value, hold_id=None, batch_id=batch_id, refusal=None, changed_at=now)
     )
     moved = [
         templates.withdrawal_planned(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from chain.errors import ChainRefusal, Reverted, UnknownResult
@@ -44,7 +44,11 @@ class SimulatedRail:
     blocked: set[str] = field(default_factory=set)
     """Addresses the token refuses to pay."""
     without_account: set[str] = field(default_factory=set)
-    """Addresses that have no token account (as on Solana)."""
+    """Addresses that have no token account (as on Solana); a dry run opens one for each it is given."""
+    opened: list[str] = field(default_factory=list)
+    """For whom a dry run has opened one, at our cost."""
+    meanwhile: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    """Done in the midst of the next dry runs, one each."""
     names_payees: bool = True
     is_paused: bool = False
     is_final_at_once: bool = True
@@ -64,6 +68,10 @@ class SimulatedRail:
     async def prepare(self, lines: Sequence[PayoutLine]) -> Unsigned:
         if self.is_paused:
             raise Reverted("the token is paused")
+        self.opened += sorted({line.to for line in lines} & self.without_account)
+        self.without_account -= {line.to for line in lines}
+        if self.meanwhile:
+            await self.meanwhile.pop(0)()
         refused = [line for line in lines if line.to in self.blocked]
         if refused:
             error = Reverted("the batch reverts")

@@ -238,6 +238,7 @@ account_openings: Final = Table(
     Column("chain", Text, primary_key=True),
     Column("address", Text, nullable=False),
     Column("at", _AT, nullable=False),
+    Column("opened_at", _AT),
 )
 
 sanctioned_addresses: Final = Table(

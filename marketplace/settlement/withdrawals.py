@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, Self
 from uuid import UUID
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import Row, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.networks import Chain
@@ -27,7 +29,7 @@ from marketplace.platform.ids import uuid7
 from marketplace.platform.settings import Settings
 from marketplace.settlement import address_book, kyc, people
 from marketplace.settlement.earnings import Reserve, lock_earnings
-from marketplace.settlement.eligibility import BrokenRule, Case, broken_rules
+from marketplace.settlement.eligibility import BrokenRule, Case, broken_rules, kyc_rule
 from marketplace.settlement.errors import KeyReused, NotEligible, NotFound, WrongState
 from marketplace.settlement.tables import bank_withdrawals, withdrawals
 
@@ -76,6 +78,7 @@ class Withdrawal:
     changed_at: datetime
     batch_id: UUID | None
     refusal: str | None
+    """Why it failed; of one that is requested: what it waits for."""
 
 
 async def request(
@@ -159,7 +162,7 @@ async def cancel(conn: AsyncConnection, *, person: UUID, withdrawal_id: UUID, no
     await conn.execute(
         update(withdrawals)
         .where(t.id == withdrawal_id)
-        .values(status=Status.CANCELLED.value, hold_id=None, changed_at=now)
+        .values(status=Status.CANCELLED.value, hold_id=None, refusal=None, changed_at=now)
     )
     return await find(conn, person=person, withdrawal_id=withdrawal_id)
 
@@ -223,6 +226,43 @@ async def withdrawn_before(conn: AsyncConnection, person: UUID) -> Nano:
         )
         total += int(await conn.scalar(counted) or 0)
     return from_micro(total)
+
+
+async def over_limit(conn: AsyncConnection, persons: Collection[UUID]) -> dict[UUID, str]:
+    """Of these persons' waiting requests those that today's KYC limits no longer let out, and why (R16).
+
+    A person's tier or a tier's limits may have changed since he asked.  A request counts together with what
+    was paid or is being paid, on chain and at the bank, and with his older requests that may still go out.
+    """
+    limits = {p: tier for p, tier in (await kyc.tiers_of(conn, persons)).items() if tier.is_limited}
+    total: dict[UUID, Nano] = defaultdict(lambda: Nano(0))
+    over: dict[UUID, str] = {}
+    for row in await conn.execute(_COUNTED, {"persons": list(limits)}):
+        tier, amount = limits[row.person_id], from_micro(int(row.amount_micro))
+        broken = row.waiting and kyc_rule(
+            amount, total[row.person_id] + amount,
+            withdrawal_max=tier.withdrawal_max, total_max=tier.total_max,
+        )  # fmt: skip
+        if broken:
+            over[row.waiting] = f"{broken.message} ({broken.remedy})"
+        else:
+            total[row.person_id] += amount
+    return over
+
+
+_COUNTED: Final = text(
+    """
+    SELECT person_id, waiting, sum(amount_micro) AS amount_micro FROM (
+        SELECT person_id, CASE WHEN status = 'requested' THEN id END AS waiting, amount_micro
+        FROM withdrawals WHERE status NOT IN ('failed', 'cancelled')
+        UNION ALL
+        SELECT person_id, CASE WHEN status = 'requested' THEN id END, amount_micro
+        FROM bank_withdrawals WHERE status NOT IN ('refused', 'cancelled')
+    ) AS counted
+    WHERE person_id = ANY(CAST(:persons AS UUID[]))
+    GROUP BY person_id, waiting ORDER BY person_id, waiting NULLS FIRST"""
+)
+"""Per person first what is out, in one sum, then each request that waits, oldest first (by its uuid7)."""
 
 
 async def _by_key(conn: AsyncConnection, person: UUID, key: str, inputs: bytes) -> Withdrawal | None:

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from chain.errors import ChainRefusal
+from chain.errors import ChainRefusal, RpcUnavailable
 from chain.evm.keystore import sign_digest
 from chain.evm.payouts import LABEL, SafeTerms
 from chain.evm.rpc import JsonRpc
@@ -26,7 +26,7 @@ from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.database import transaction
-from marketplace.settlement import address_book, batches, planner, signing, withdrawals
+from marketplace.settlement import address_book, batches, people, planner, signing, withdrawals
 from marketplace.settlement.consents import consent_of
 from marketplace.settlement.errors import ExportRefused, NotEligible, PlanRefused
 from marketplace.settlement.rails import open_rails
@@ -195,7 +195,8 @@ async def test_a45_a_token_account_is_opened_once_per_wallet(desk: Desk) -> None
     await desk.request(ann, 20)
     await desk.approved()  # the first payout opens it, at our cost
     await run_out(desk, desk.settler())
-    again = await desk.request(ann, 20, "k2")  # closed meanwhile: the rent was his
+    desk.rail.without_account.add(desk.address_of(ann))  # closed since: the rent was his
+    again = await desk.request(ann, 20, "k2")
     with pytest.raises(PlanRefused) as refused:
         await desk.plan()
     assert refused.value.code == "nobody_payable"
@@ -204,6 +205,41 @@ async def test_a45_a_token_account_is_opened_once_per_wallet(desk: Desk) -> None
     desk.rail.without_account.clear()
     await desk.request(ann, 20, "k3")
     assert (await desk.plan()).count == 1
+
+
+@pytest.mark.parametrize("how", ["cancel", "suspend", "refuse"])
+async def test_a45_a_plan_that_comes_to_nothing_opens_no_second_account(desk: Desk, how: str) -> None:
+    """Cancelling while the dry run has just opened the account: its rent could be had again and again."""
+    ann = await desk.operator(60)
+    made = await desk.request(ann, 20)
+    desk.rail.without_account.add(desk.address_of(ann))
+
+    async def end_it() -> None:
+        if how == "refuse":
+            raise RpcUnavailable("the node went away")
+        async with transaction(desk.engine) as conn:
+            if how == "suspend":
+                await people.set_standing(
+                    conn, person=ann, is_good=False, reason="canary", actor="ada", now=desk.clock.now()
+                )
+            else:
+                await withdrawals.cancel(conn, person=ann, withdrawal_id=made.id, now=desk.clock.now())
+
+    desk.rail.meanwhile = [end_it]
+    with pytest.raises((PlanRefused, RpcUnavailable)):
+        await desk.plan()
+    desk.rail.without_account.add(desk.address_of(ann))  # closed: the rent is his
+    if how == "cancel":
+        made = await desk.request(ann, 20, "k2")
+    elif how == "suspend":
+        async with transaction(desk.engine) as conn:
+            await people.set_standing(
+                conn, person=ann, is_good=True, reason="fine", actor="ada", now=desk.clock.now()
+            )
+    with pytest.raises(PlanRefused):
+        await desk.plan()
+    assert "opened one for you before" in ((await desk.status(ann, made)).refusal or "")
+    assert desk.rail.opened == [desk.address_of(ann)]
 
 
 async def test_a45_an_operator_with_many_wallets_is_opened_one(desk: Desk) -> None:
