@@ -6,8 +6,8 @@
                           ORPHANED ──Confirmed──▶ FINAL
 
 Only FINAL may be credited.  FINAL is forever: a reorg of it, or the same transfer in another block, means
-that the chain broke its word, and is `FinalityViolated`.  An unknown transfer may be FINAL at first sight
-(catching up).
+that the chain broke its word, and is `FinalityViolated`.  Only a person who accepts the chain's new history
+makes it ORPHANED (`TakenBack`).  An unknown transfer may be FINAL at first sight (catching up).
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ class Reorged:
     """Its block left the chain."""
 
 
-Fact = Appeared | Confirmed | Reorged
+@dataclass(frozen=True, slots=True)
+class TakenBack:
+    """It is not in the history that a person accepted after its chain broke its word."""
+
+
+Fact = Appeared | Confirmed | Reorged | TakenBack
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,9 @@ _NEXT: Final[Mapping[tuple[Deposit | None, type[Fact]], Deposit]] = {
     (Deposit.ORPHANED, Reorged): Deposit.ORPHANED,
     (Deposit.FINAL, Appeared): Deposit.FINAL,  # a replay; the same block, or `advance` refuses
     (Deposit.FINAL, Confirmed): Deposit.FINAL,
+    (Deposit.SEEN, TakenBack): Deposit.ORPHANED,
+    (Deposit.ORPHANED, TakenBack): Deposit.ORPHANED,
+    (Deposit.FINAL, TakenBack): Deposit.ORPHANED,
 }
 
 
@@ -83,7 +91,7 @@ def advance(known: Known | None, fact: Fact) -> Known:
     that was never read.
     """
     status = _NEXT.get((known.status if known else None, type(fact)))
-    if known is not None and known.status is Deposit.FINAL:
+    if known is not None and known.status is Deposit.FINAL and not isinstance(fact, TakenBack):
         said = None if isinstance(fact, Reorged) else (fact.block_hash, fact.amount)
         if said != (known.block_hash, known.amount):
             raise FinalityViolated(f"a final transfer of {known.amount} in {known.block_hash}, now {fact}")
@@ -92,6 +100,6 @@ def advance(known: Known | None, fact: Fact) -> Known:
     match fact:
         case Appeared() | Confirmed():
             return Known(status, fact.block_hash, fact.amount)
-        case Reorged():
+        case Reorged() | TakenBack():
             assert known is not None
             return Known(status, known.block_hash, known.amount)

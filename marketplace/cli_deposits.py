@@ -171,6 +171,44 @@ def resume(
     _book(data_dir, work)
 
 
+@deposits_app.command("accept-history")
+def accept_history(
+    chain: ChainOption,
+    from_height: Annotated[
+        int, typer.Option("--from", help="A block below the fork; lower reads more, and is no harm.")
+    ],
+    actor: Actor,
+    reason: Reason,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """After a chain changed what was final: read it anew, take back what it took back, and go on."""
+    from marketplace.cli import _settings_or_exit
+    from marketplace.deposits import service
+
+    minimum = _settings_or_exit(data_dir).deposit_micro_min
+
+    async def work(engine: AsyncEngine, chains: ChainsConfig, clock: Clock) -> Any:
+        return await service.accept_history(
+            engine,
+            clock,
+            chains,
+            chain,
+            from_height=from_height,
+            deposit_micro_min=minimum,
+            actor=actor,
+            reason=reason,
+        )
+
+    accepted = _book(data_dir, work)
+    out.print(
+        f"The books of {chain} stand at {accepted.height} and go on; {accepted.kept} movements are kept."
+    )
+    for key in accepted.taken_back:
+        out.print(f"taken back  {key}")
+    for person in accepted.frozen:
+        out.print(f"below zero, frozen  {person}")
+
+
 # ---- Solana's sweeps
 
 

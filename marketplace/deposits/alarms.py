@@ -20,9 +20,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from chain.networks import Chain
 from chain.ports import AccountChange
 from marketplace.deposits.booking import open_case
+from marketplace.deposits.cursor import halt_chain
 from marketplace.deposits.errors import Unacknowledged
 from marketplace.deposits.tables import chain_acknowledgements, solana_pool
 
+HALTED: Final = "chain_halted"
+"""A case's kind: a chain stands still and somebody has to look."""
 TOKEN_CODE: Final = "token-code:"  # noqa: S105  the name of an alarm
 
 
@@ -50,6 +53,15 @@ async def acknowledge(
         .values(chain=chain.value, alarm=alarm, actor=actor, reason=reason[:1000], at=now)
         .on_conflict_do_nothing()
     )
+
+
+async def halt_and_ask(
+    conn: AsyncConnection, chain: Chain, *, actor: str, reason: str, now: datetime
+) -> None:
+    """Halt the chain and, unless it was halted already, open a case: somebody has to look."""
+    if await halt_chain(conn, chain, actor=actor, reason=reason, now=now):
+        key = f"halt:{now.isoformat()}"
+        await open_case(conn, chain, kind=HALTED, key=key, detail=f"{actor}: {reason}", now=now)
 
 
 async def note_changes(

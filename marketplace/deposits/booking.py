@@ -14,7 +14,9 @@ transaction that moves the cursor past it: at every commit the books equal the c
     a look-alike token                a row and a case                 nothing
 
 The sum that must reach the minimum (R7) is over final, uncredited deposits of one person to one address on
-one chain.  The ledger's key is "<chain>:<key>", the row's is (chain, key): a replay changes nothing.
+one chain.  The ledger's key is "<chain>:<key>", the row's is (chain, key): a replay changes nothing.  What a
+chain took back after it was final (`recovery`) and brought again is "<chain>:<key>#2", and so on, in the
+ledger, in cases and in decisions.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import structlog
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, func, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -45,7 +47,7 @@ from marketplace.deposits.attribution import (
     part_sweeps,
 )
 from marketplace.deposits.early import EarlyCredit, end_loans, lend
-from marketplace.deposits.tables import deposits, support_cases, sweeps, unsupported_deposits
+from marketplace.deposits.tables import deposits, support_cases, sweeps, taken_back, unsupported_deposits
 from marketplace.ledger import accounts, templates
 from marketplace.ledger.accounts import ensure_account
 from marketplace.ledger.money import from_micro
@@ -89,6 +91,8 @@ class _Arrival:
 
     transfer: TransferSeen
     attribution: ToPerson | Unattributed
+    ref: str
+    """The ledger's key."""
 
 
 async def record_seen(
@@ -110,7 +114,7 @@ async def record_seen(
             continue
         after = advance(known.get(transfer.key), Appeared(transfer.block_hash, transfer.amount))
         if after != known.get(transfer.key):
-            await _write(conn, transfer, found, after.status, now)
+            await _write(conn, transfer, found, after.status, now, None)
             # A smaller one may wait for long.
             if transfer.amount.n >= rules.deposit_micro_min and not found.is_held:
                 worth.append((transfer, found.person_id))
@@ -154,9 +158,11 @@ async def book_final(
     transfers = parted.inbound
     await _orphan_unconfirmed(conn, rules.chain, transfers, through_height, now)
     known = await _known(conn, rules.chain, transfers)
+    keys = [*(transfer.key for transfer in transfers), *(departure.key for departure in parted.swept)]
+    refs = await ledger_refs(conn, rules.chain, keys)
     entries: list[Transfer] = []
     for departure in parted.swept:
-        entries += await _book_sweep(conn, rules.chain, departure, now)
+        entries += await _book_sweep(conn, rules.chain, departure, refs[departure.key], now)
     for departure in parted.strayed:
         entries += await _book_stray(conn, rules.chain, departure, now)
     arrivals: list[_Arrival] = []
@@ -165,14 +171,15 @@ async def book_final(
             continue
         found: Attribution = attribute(transfer, directory)
         if isinstance(found, Swept):
-            entries += await _book_sweep(conn, rules.chain, _as_departure(transfer), now)
+            swept = _as_departure(transfer)
+            entries += await _book_sweep(conn, rules.chain, swept, refs[swept.key], now)
             continue
         before = known.get(transfer.key)
         advance(before, Confirmed(transfer.block_hash, transfer.amount))
         if before is None or before.status is not Deposit.FINAL:
-            arrivals.append(_Arrival(transfer, found))
+            arrivals.append(_Arrival(transfer, found, refs[transfer.key]))
     for arrival in arrivals:
-        await _write(conn, arrival.transfer, arrival.attribution, Deposit.FINAL, now)
+        await _write(conn, arrival.transfer, arrival.attribution, Deposit.FINAL, now, arrival.ref)
     credited, credit_entries = await _credit(conn, rules, arrivals, now)
     repaid = await end_loans(
         conn, rules.chain, {credit.key for credit in credited}, is_called_in=False, now=now
@@ -226,8 +233,34 @@ async def book_opening_balance(
     await open_case(conn, chain, kind="opening_balance", key=key, detail=detail, now=now)
 
 
-def ledger_key(transfer: TransferSeen) -> str:
-    return f"{transfer.chain.value}:{transfer.key}"
+async def ledger_refs(conn: AsyncConnection, chain: Chain, keys: Collection[str]) -> dict[str, str]:
+    """The ledger's key of each movement; one that its chain took back before has another each time."""
+    statement = (
+        select(taken_back.c.key, func.count().label("times"))
+        .where(taken_back.c.chain == chain.value, taken_back.c.key.in_(set(keys)))
+        .group_by(taken_back.c.key)
+    )
+    times = {row.key: row.times for row in await conn.execute(statement)} if keys else {}
+    return {key: f"{chain.value}:{key}" + (f"#{times[key] + 1}" if key in times else "") for key in keys}
+
+
+def decision_key(chain: Chain, ref: str) -> str:
+    """What people call the movement with this ledger key."""
+    return ref.removeprefix(f"{chain.value}:")
+
+
+async def orphan_seen_above(conn: AsyncConnection, chain: Chain, height: int, now: datetime) -> None:
+    """Mark everything that was seen above `height` and is not final; what is there will be seen again."""
+    statement = (
+        select(deposits.c.key, deposits.c.status, deposits.c.block_hash, deposits.c.amount_micro)
+        .where(
+            deposits.c.chain == chain.value,
+            deposits.c.status == Deposit.SEEN.value,
+            deposits.c.height > height,
+        )
+        .with_for_update()
+    )
+    await _orphan_rows(conn, chain, (await conn.execute(statement)).all(), now)
 
 
 async def _known(conn: AsyncConnection, chain: Chain, transfers: Sequence[TransferSeen]) -> dict[str, Known]:
@@ -236,10 +269,11 @@ async def _known(conn: AsyncConnection, chain: Chain, transfers: Sequence[Transf
         .where(deposits.c.chain == chain.value, deposits.c.key.in_([t.key for t in transfers]))
         .with_for_update()
     )
-    return {row.key: _as_known(row) for row in await conn.execute(statement)}
+    return {row.key: as_known(row) for row in await conn.execute(statement)}
 
 
-def _as_known(row: Row[*tuple[Any, ...]]) -> Known:
+def as_known(row: Row[*tuple[Any, ...]]) -> Known:
+    """What a row of `deposits` says."""
     return Known(Deposit(row.status), row.block_hash, Micro(row.amount_micro))
 
 
@@ -264,7 +298,7 @@ async def _orphan_rows(
     conn: AsyncConnection, chain: Chain, rows: Sequence[Row[*tuple[Any, ...]]], now: datetime
 ) -> None:
     for row in rows:
-        advance(_as_known(row), Reorged())
+        advance(as_known(row), Reorged())
     if rows:
         await _call_in(conn, chain, [row.key for row in rows], now)
         await conn.execute(
@@ -280,7 +314,9 @@ async def _write(
     found: ToPerson | Unattributed,
     status: Deposit,
     now: datetime,
+    ref: str | None,
 ) -> None:
+    """Write the row; `ref`, the ledger's key, goes with what is final."""
     is_final = status is Deposit.FINAL
     person = found if isinstance(found, ToPerson) else None
     told = {
@@ -292,7 +328,7 @@ async def _write(
         "is_direct": found.is_direct,
         "status": status.value,
         "final_at": now if is_final else None,
-        "transfer_ref": ledger_key(transfer) if is_final else None,
+        "transfer_ref": ref if is_final else None,
         "is_held": is_final and person is not None and person.is_held,
     }
     statement = postgresql.insert(deposits).values(
@@ -309,12 +345,13 @@ async def _write(
         statement.on_conflict_do_update(constraint="one_row_per_movement", set_=told).returning(deposits.c.id)
     )
     detail = f"{transfer.amount} USDC from {transfer.sender} to {transfer.to} in {transfer.tx}"
+    key = transfer.key if ref is None else decision_key(transfer.chain, ref)
     if isinstance(found, Unattributed):
-        await open_case(conn, transfer.chain, kind=found.reason, key=transfer.key, detail=detail, now=now)
+        await open_case(conn, transfer.chain, kind=found.reason, key=key, detail=detail, now=now)
     elif is_final and found.is_held:
-        await open_case(conn, transfer.chain, kind="frozen_account", key=transfer.key, detail=detail, now=now)
+        await open_case(conn, transfer.chain, kind="frozen_account", key=key, detail=detail, now=now)
     if is_final and transfer.sender == MINTER:
-        await open_case(conn, transfer.chain, kind="minted", key=transfer.key, detail=detail, now=now)
+        await open_case(conn, transfer.chain, kind="minted", key=key, detail=detail, now=now)
 
 
 def _as_departure(transfer: TransferSeen) -> Departure:
@@ -330,7 +367,7 @@ def _as_departure(transfer: TransferSeen) -> Departure:
 
 
 async def _book_sweep(
-    conn: AsyncConnection, chain: Chain, departure: Departure, now: datetime
+    conn: AsyncConnection, chain: Chain, departure: Departure, ref: str, now: datetime
 ) -> list[Transfer]:
     statement = (
         postgresql.insert(sweeps)
@@ -350,7 +387,7 @@ async def _book_sweep(
     if await conn.scalar(statement) is None:
         return []
     amount = from_micro(departure.amount.n)
-    return [templates.sweep(chain=chain.value, amount=amount, ref=f"{chain.value}:{departure.key}")]
+    return [templates.sweep(chain=chain.value, amount=amount, ref=ref)]
 
 
 async def _book_stray(
@@ -420,9 +457,11 @@ async def _credit(
         arrived = {arrival.transfer.key: arrival for arrival in new}
         earlier = await _waiting(conn, rules.chain, address, person_id, without=arrived)
         amounts = {key: arrival.transfer.amount.n for key, arrival in arrived.items()}
-        released = reach_minimum(earlier, amounts, rules.deposit_micro_min)
+        waited = {key: amount for key, (amount, _) in earlier.items()}
+        released = reach_minimum(waited, amounts, rules.deposit_micro_min)
+        refs = {key: ref for key, (_, ref) in earlier.items()} | {k: a.ref for k, a in arrived.items()}
         entries += [_set_aside(arrival) for key, arrival in arrived.items() if key not in released]
-        entries += [_give(rules.chain, person_id, k, n, arrived.get(k)) for k, n in released.items()]
+        entries += [_give(rules.chain, person_id, refs[k], n, arrived.get(k)) for k, n in released.items()]
         credited += [Credit(person_id, rules.chain, key, Micro(n)) for key, n in released.items()]
         await conn.execute(
             update(deposits)
@@ -453,10 +492,10 @@ def reach_minimum(earlier: Mapping[str, int], arrived: Mapping[str, int], minimu
 
 async def _waiting(
     conn: AsyncConnection, chain: Chain, address: str, person_id: UUID, *, without: Collection[str]
-) -> dict[str, int]:
-    """Final, uncredited amounts by key, from earlier ranges."""
+) -> dict[str, tuple[int, str]]:
+    """Final, uncredited amounts and ledger keys by key, from earlier ranges."""
     statement = (
-        select(deposits.c.key, deposits.c.amount_micro)
+        select(deposits.c.key, deposits.c.amount_micro, deposits.c.transfer_ref)
         .where(
             deposits.c.chain == chain.value,
             deposits.c.to_address == address,
@@ -469,7 +508,7 @@ async def _waiting(
         .order_by(deposits.c.height, deposits.c.id)
         .with_for_update()
     )
-    return {row.key: row.amount_micro for row in await conn.execute(statement)}
+    return {row.key: (row.amount_micro, row.transfer_ref) for row in await conn.execute(statement)}
 
 
 def _set_aside(arrival: _Arrival) -> Transfer:
@@ -477,19 +516,18 @@ def _set_aside(arrival: _Arrival) -> Transfer:
     return templates.deposit_unattributed(
         chain=transfer.chain.value,
         amount=from_micro(transfer.amount.n),
-        ref=ledger_key(transfer),
+        ref=arrival.ref,
         in_escrow=arrival.attribution.is_direct,
     )
 
 
-def _give(chain: Chain, person_id: UUID, key: str, amount_micro: int, arrival: _Arrival | None) -> Transfer:
+def _give(chain: Chain, person_id: UUID, ref: str, amount_micro: int, arrival: _Arrival | None) -> Transfer:
     """A new deposit goes straight to the buyer; an earlier one was set aside and is attributed now."""
     if arrival is None:
         build = templates.attribution
     else:
         build = templates.deposit_direct if arrival.attribution.is_direct else templates.deposit
-    amount, ref = from_micro(amount_micro), f"{chain.value}:{key}"
-    return build(chain=chain.value, person=str(person_id), amount=amount, ref=ref)
+    return build(chain=chain.value, person=str(person_id), amount=from_micro(amount_micro), ref=ref)
 
 
 async def tell_credited(conn: AsyncConnection, credited: Sequence[Credit], now: datetime) -> None:

@@ -148,14 +148,19 @@ async def _save_headers(
         await conn.execute(insert(chain_headers), rows)
 
 
-async def halt_chain(conn: AsyncConnection, chain: Chain, *, actor: str, reason: str, now: datetime) -> None:
-    """Stop all credits on `chain` until `resume_chain`; a chain that is halted keeps its first reason."""
-    await conn.execute(
+async def halt_chain(conn: AsyncConnection, chain: Chain, *, actor: str, reason: str, now: datetime) -> bool:
+    """Stop all credits on `chain` until `resume_chain`; a chain that is halted keeps its first reason.
+
+    True if it was not halted before.
+    """
+    halted = await conn.scalar(
         update(chain_cursors)
         .where(chain_cursors.c.chain == chain.value, chain_cursors.c.halted_at.is_(None))
         .values(halted_at=now, halt_reason=reason[:1000], halted_by=actor)
+        .returning(chain_cursors.c.chain)
     )
     await _journal(conn, chain, "halt", actor=actor, reason=reason, now=now)
+    return halted is not None
 
 
 async def resume_chain(
@@ -171,6 +176,41 @@ async def resume_chain(
     if resumed is None:
         raise NotHalted(f"{chain} is not halted")
     await _journal(conn, chain, "resume", actor=actor, reason=reason, now=now)
+
+
+async def move_halted_cursor(
+    conn: AsyncConnection, before: Cursor, to: Header, *, actor: str, reason: str, now: datetime
+) -> None:
+    """Stand the halted chain on `to` and let it go on; raises NotHalted if it moved or was resumed since."""
+    chain = before.chain
+    version = await conn.scalar(
+        update(chain_cursors)
+        .where(
+            chain_cursors.c.chain == chain.value,
+            chain_cursors.c.version == before.version,
+            chain_cursors.c.halted_at.is_not(None),
+        )
+        .values(
+            version=before.version + 1,
+            height=to.height,
+            hash=to.hash,
+            final_height=to.height,
+            final_hash=to.hash,
+            final_parent_height=to.parent_height,
+            final_parent_hash=to.parent_hash,
+            final_time_s=to.time_s,
+            halted_at=None,
+            halt_reason=None,
+            halted_by=None,
+            updated_at=now,
+        )
+        .returning(chain_cursors.c.version)
+    )
+    if version is None:
+        raise NotHalted(f"{chain} is not halted any more")
+    await conn.execute(delete(chain_headers).where(chain_headers.c.chain == chain.value))
+    told = f"new history accepted, {reason}"
+    await _journal(conn, chain, "resume", actor=actor, reason=told, now=now)
 
 
 async def _journal(

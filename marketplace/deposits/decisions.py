@@ -11,15 +11,22 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Row, and_, delete, insert, select, text, update
+from sqlalchemy import Row, and_, delete, insert, or_, select, text, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.networks import Chain
 from chain.units import Micro
+from marketplace.deposits.alarms import HALTED
 from marketplace.deposits.booking import Credit, post_entries, tell_credited
 from marketplace.deposits.errors import NoDecision
-from marketplace.deposits.tables import deposit_decisions, deposits, screened_senders, support_cases
+from marketplace.deposits.tables import (
+    chain_cursors,
+    deposit_decisions,
+    deposits,
+    screened_senders,
+    support_cases,
+)
 from marketplace.ledger import templates
 from marketplace.ledger.money import from_micro
 
@@ -43,7 +50,13 @@ async def attribute_deposit(
     """
     row = (
         await conn.execute(
-            select(deposits).where(deposits.c.chain == chain.value, deposits.c.key == key).with_for_update()
+            select(deposits)
+            .where(
+                deposits.c.chain == chain.value,
+                deposits.c.key == key.partition("#")[0],
+                deposits.c.transfer_ref == f"{chain.value}:{key}",
+            )
+            .with_for_update()
         )
     ).one_or_none()
     if row is None or row.status != "final" or row.credited_at is not None:
@@ -61,7 +74,7 @@ async def attribute_deposit(
         chain=chain.value,
         person=str(person_id),
         amount=from_micro(row.amount_micro),
-        ref=f"{chain.value}:{key}",
+        ref=row.transfer_ref,
     )
     await post_entries(conn, [entry])
     amount = Micro(row.amount_micro)
@@ -84,13 +97,18 @@ async def leave_deposit(
 
 
 async def open_cases(conn: AsyncConnection, *, limit: int = 100) -> Sequence[Row[Any]]:
-    """The newest cases that nobody has decided."""
+    """The newest cases that nobody has decided; a halt is decided by whoever resumes the chain."""
     decided = and_(
         deposit_decisions.c.chain == support_cases.c.chain, deposit_decisions.c.key == support_cases.c.key
+    )
+    stands = and_(
+        chain_cursors.c.chain == support_cases.c.chain,
+        chain_cursors.c.halted_at == support_cases.c.created_at,
     )
     statement = (
         select(support_cases)
         .where(~select(deposit_decisions.c.id).where(decided).exists())
+        .where(or_(support_cases.c.kind != HALTED, select(chain_cursors.c.chain).where(stands).exists()))
         .order_by(support_cases.c.id.desc())
         .limit(limit)
     )

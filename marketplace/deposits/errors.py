@@ -5,6 +5,7 @@ DepositError
 │   ├── TooManyIntents   this person has enough open payment links
 │   ├── NotHalted        the chain is not halted (or not known)
 │   ├── NoDecision       there is nothing (more) to decide about this deposit
+│   ├── HistoryRefused   not a block that the books can go back to
 │   └── SweepRefused     an export or approval that is not this sweep's
 └── DepositFault         the environment failed; asking again may help
     ├── Superseded       another process moved this chain's cursor: reload and go on
@@ -33,6 +34,10 @@ class NotHalted(DepositRefusal):
 
 class NoDecision(DepositRefusal):
     """There is nothing (more) to decide."""
+
+
+class HistoryRefused(DepositRefusal):
+    """Not a block that the books can go back to."""
 
 
 class SweepRefused(DepositRefusal):

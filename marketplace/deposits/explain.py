@@ -17,6 +17,7 @@ from marketplace.deposits.tables import (
     early_credits,
     support_cases,
     sweeps,
+    taken_back,
     unsupported_deposits,
 )
 
@@ -107,6 +108,7 @@ async def _about(conn: AsyncConnection, chain: Chain, tx: str) -> list[Said]:
         (support_cases, "case"),
         (deposit_decisions, "decision"),
         (early_credits, "early credit"),
+        (taken_back, "taken back"),
     ):
         statement = select(table).where(
             table.c.chain == chain.value, table.c.key.startswith(tx, autoescape=True)
@@ -117,6 +119,9 @@ async def _about(conn: AsyncConnection, chain: Chain, tx: str) -> list[Said]:
                     why = f"{row.kind}: {row.detail}"
                 case "decision":
                     why = f"{row.decision} {row.person_id or ''} by {row.actor}: {row.reason}"
+                case "taken back":
+                    why = f"{row.what} of {Micro(row.amount_micro)} USDC: final block {row.block_hash} "
+                    why += f"left the chain, accepted by {row.actor}: {row.reason}"
                 case _:
                     why = f"{Micro(row.amount_micro)} USDC lent to {row.person_id}, {row.status}"
             said.append(Said(row.key, verdict, why))

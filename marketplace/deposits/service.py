@@ -19,8 +19,8 @@ from chain.ports import ChainReader
 from chain.quorum import OnFault, Provider, ProviderFault, agreed, default_agreement
 from chain.solana.reader import SolanaReader
 from chain.solana.rpc import SolanaRpc
-from marketplace.deposits import cursor, metrics
-from marketplace.deposits.alarms import acknowledge
+from marketplace.deposits import cursor, metrics, recovery
+from marketplace.deposits.alarms import acknowledge, halt_and_ask
 from marketplace.deposits.booking import Credit, Rules
 from marketplace.deposits.early import EarlyCredit
 from marketplace.deposits.reconcile import Reconciled, check_chain
@@ -129,7 +129,8 @@ async def audit(
             f"{result.account} at {result.height}: {result.onchain_micro} micro on chain, "
             f"{result.books_micro} in the books"
         )
-        await halt(engine, clock, reader.chain, actor="reconciler", reason=reason)
+        async with transaction(engine) as conn:
+            await halt_and_ask(conn, reader.chain, actor="reconciler", reason=reason, now=clock.now())
     return not unequal
 
 
@@ -168,6 +169,31 @@ async def acknowledge_alarm(
     async with transaction(engine) as conn:
         await acknowledge(conn, chain, alarm, actor=actor, reason=reason, now=clock.now())
         await cursor.resume_chain(conn, chain, actor=actor, reason=f"{alarm}: {reason}", now=clock.now())
+
+
+async def accept_history(
+    engine: AsyncEngine,
+    clock: Clock,
+    chains: ChainsConfig,
+    chain: Chain,
+    *,
+    from_height: int,
+    deposit_micro_min: int,
+    actor: str,
+    reason: str,
+) -> recovery.Accepted:
+    """Let the books follow a chain whose final blocks changed; see `recovery.accept_history`."""
+    async with open_reader(chain, chains) as reader:
+        await reader.check_identity()
+        return await recovery.accept_history(
+            engine,
+            clock,
+            reader,
+            Rules(chain, escrow_of(chain, chains), deposit_micro_min),
+            from_height=from_height,
+            actor=actor,
+            reason=reason,
+        )
 
 
 def _rpc_urls(chain: Chain, chains: ChainsConfig) -> tuple[str, ...]:

@@ -214,6 +214,22 @@ deposit_decisions: Final = Table(
     Column("at", DateTime(timezone=True), nullable=False),
 )
 
+taken_back: Final = Table(
+    "taken_back",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("chain", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("what", Text, nullable=False),
+    Column("ref", Text, nullable=False),
+    Column("block_hash", Text, nullable=False),
+    Column("amount_micro", BigInteger, nullable=False),
+    Column("person_id", Uuid),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+)
+
 screened_senders: Final = Table(
     "screened_senders",
     metadata,

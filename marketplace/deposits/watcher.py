@@ -42,7 +42,7 @@ from chain.headers import (
 from chain.ports import BlockFacts, ChainReader, Departure, Header, TransferSeen
 from chain.units import Micro
 from marketplace.deposits import metrics
-from marketplace.deposits.alarms import note_changes, require_acknowledged
+from marketplace.deposits.alarms import halt_and_ask, note_changes, require_acknowledged
 from marketplace.deposits.booking import (
     Credit,
     Rules,
@@ -52,7 +52,7 @@ from marketplace.deposits.booking import (
     record_foreign,
     record_seen,
 )
-from marketplace.deposits.cursor import Cursor, create_cursor, halt_chain, load_cursor, save_cursor
+from marketplace.deposits.cursor import Cursor, create_cursor, load_cursor, save_cursor
 from marketplace.deposits.directory import KnownAddresses, look_up
 from marketplace.deposits.errors import ChainHalted, DepositFault, Unacknowledged
 from marketplace.deposits.tables import chain_cursors
@@ -345,7 +345,7 @@ class Watcher:
     async def _halt(self, reason: str) -> None:
         _log.critical("chain halted", chain=self.rules.chain.value, reason=reason)
         async with transaction(self.engine) as conn:
-            await halt_chain(conn, self.rules.chain, actor=WATCHER, reason=reason, now=self.clock.now())
+            await halt_and_ask(conn, self.rules.chain, actor=WATCHER, reason=reason, now=self.clock.now())
 
     def _tell_halt(self, cursor: Cursor) -> None:
         is_halted = cursor.halt is not None

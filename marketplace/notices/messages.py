@@ -27,6 +27,11 @@ _TEXTS: Final[Mapping[str, Message]] = {
         "Your deposit of {amount} USDC is on your balance",
         "{amount} USDC on {chain} became final and is on your balance.\nTransactions: {transactions}",
     ),
+    "deposit_taken_back": Message(
+        "A deposit of {amount} USDC was taken back by its chain",
+        "{chain} no longer has a deposit of {amount} USDC that was final, so it left your balance.\n"
+        "If the transaction is mined again, it will be credited again.\nTransactions: {transactions}",
+    ),
     "payout_address_added": Message("A payout address was added to your account", "{message}"),
     "payout_address_retired": Message("A payout address was removed from your account", "{message}"),
     "withdrawal_refused": Message("A withdrawal could not be paid", "{message}"),

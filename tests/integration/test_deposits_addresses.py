@@ -30,6 +30,7 @@ from marketplace.deposits.tables import (
     solana_pool,
     support_cases,
     sweeps,
+    taken_back,
 )
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.database import transaction
@@ -47,7 +48,7 @@ TABLES = [
     deposits,
     solana_pool,
 ]
-TABLES += [support_cases, sweeps]
+TABLES += [support_cases, sweeps, taken_back]
 
 
 async def make_evm(engine: AsyncEngine, person: uuid.UUID) -> str:
@@ -166,6 +167,12 @@ class FakeRail:
         self.sent: list[str] = []
         self.final: Landed | None = None
         self.numbers = itertools.count()
+
+    async def gas_price_wei(self) -> int:
+        return 1
+
+    async def replace(self, signed: SignedTransaction) -> SignedTransaction | None:
+        return None  # its nonce is used: it is mined, and not final yet
 
     async def assemble(self, salts: list[bytes]) -> SignedTransaction:
         return SignedTransaction(b"".join(salts), f"0x{next(self.numbers)}", "")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from chain.deposits import Appeared, Confirmed, Deposit, Fact, Known, Reorged, advance
+from chain.deposits import Appeared, Confirmed, Deposit, Fact, Known, Reorged, TakenBack, advance
 from chain.errors import FinalityViolated
 from chain.units import Micro
 
@@ -12,7 +12,7 @@ FIVE = Micro(5_000_000)
 HERE, ELSEWHERE = "0xaa", "0xbb"
 STATES: list[Known | None] = [None, *(Known(status, HERE, FIVE) for status in Deposit)]
 FACTS: list[Fact] = [Appeared(HERE, FIVE), Appeared(ELSEWHERE, FIVE), Confirmed(HERE, FIVE)]
-FACTS += [Confirmed(ELSEWHERE, FIVE), Reorged()]
+FACTS += [Confirmed(ELSEWHERE, FIVE), Reorged(), TakenBack()]
 
 EXPECTED: dict[tuple[Deposit | None, Fact], Deposit] = {
     (None, Appeared(HERE, FIVE)): Deposit.SEEN,
@@ -31,6 +31,9 @@ EXPECTED: dict[tuple[Deposit | None, Fact], Deposit] = {
     (Deposit.ORPHANED, Reorged()): Deposit.ORPHANED,
     (Deposit.FINAL, Appeared(HERE, FIVE)): Deposit.FINAL,
     (Deposit.FINAL, Confirmed(HERE, FIVE)): Deposit.FINAL,
+    (Deposit.SEEN, TakenBack()): Deposit.ORPHANED,
+    (Deposit.ORPHANED, TakenBack()): Deposit.ORPHANED,
+    (Deposit.FINAL, TakenBack()): Deposit.ORPHANED,
 }
 
 
