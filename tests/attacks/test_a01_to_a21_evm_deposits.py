@@ -144,7 +144,7 @@ Lie = Callable[[dict[str, Any], Any], Any]
 
 
 @contextlib.asynccontextmanager
-async def lying(node: JsonRpc, lie: Lie) -> AsyncIterator[str]:
+async def lying(node: JsonRpc, lie: Lie, *, pause_s: float = 0) -> AsyncIterator[str]:
     """An HTTP node that passes everything on and gives `lie(call, result)` instead of each result."""
 
     async def one(call: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +153,7 @@ async def lying(node: JsonRpc, lie: Lie) -> AsyncIterator[str]:
 
     async def handle(request: web.Request) -> web.Response:
         body = await request.json()
+        await asyncio.sleep(pause_s)
         given = [await one(call) for call in body] if isinstance(body, list) else await one(body)
         return web.json_response(given)
 
@@ -171,6 +172,10 @@ def invents(call: dict[str, Any], result: Any) -> Any:
     """One more deposit, like the real ones but for its place."""
     if call["method"] == "eth_getLogs" and result:
         return [*result, {**result[-1], "logIndex": "0x7", "transactionHash": "0x" + "ab" * 32}]
+    return result
+
+
+def tells_the_truth(_call: dict[str, Any], result: Any) -> Any:
     return result
 
 
@@ -199,25 +204,44 @@ def is_elsewhere(call: dict[str, Any], result: Any) -> Any:
 async def test_a11_a12_a13_one_bad_provider_of_three_changes_nothing_but_a_report(
     node: JsonRpc, lie: Lie, alone: list[int] | None
 ) -> None:
+    """The bad one answers first: who believes a single answer believes it."""
     await send(node, BASE.usdc, EMIT + STOP)
     faults: list[ProviderFault] = []
-    async with lying(node, lie) as url, JsonRpc(url) as bad:
+    async with (
+        lying(node, lie) as url,
+        lying(node, tells_the_truth, pause_s=0.2) as honest,
+        JsonRpc(url) as bad,
+        JsonRpc(honest) as good,
+    ):
         liar = EvmReader(BASE, bad)
         if alone is not None:
             assert await amounts(liar) == alone, "the lie is not told: nothing is tested"
-        providers = [Provider("one", EvmReader(BASE, node)), Provider("two", EvmReader(BASE, node))]
+        providers = [Provider("one", EvmReader(BASE, good)), Provider("two", EvmReader(BASE, good))]
         reader = agreed([Provider("bad", liar), *providers], 2, faults.append)
         await reader.check_identity()
-        for _ in range(20):
-            assert await amounts(reader) == [5_000_000]
-            if faults:
-                break
-    assert {fault.provider for fault in faults} <= {"bad"}
-    expected = {invents: FaultKind.CONTRADICTS, truncates: FaultKind.CONTRADICTS}
-    if lie is is_elsewhere:
-        assert {fault.kind for fault in faults} == {FaultKind.WRONG_CHAIN}
-    elif faults and lie in expected:
-        assert {fault.kind for fault in faults} == {expected[lie]}
+        assert await amounts(reader) == [5_000_000]
+    assert {fault.provider for fault in faults} == {"bad"}
+    expected = {
+        invents: FaultKind.CONTRADICTS,
+        truncates: FaultKind.CONTRADICTS,
+        lags: FaultKind.FAILED,
+        is_elsewhere: FaultKind.WRONG_CHAIN,
+    }
+    assert {fault.kind for fault in faults} == {expected[lie]}
+
+
+def forgets_in_ranges(call: dict[str, Any], result: Any) -> Any:
+    is_range = call["method"] == "eth_getLogs" and "fromBlock" in call["params"][0]
+    return [] if is_range else result
+
+
+async def test_a12_a_log_left_out_of_a_range_is_missed_by_its_blocks_bloom(node: JsonRpc) -> None:
+    """One provider alone, so that nobody else could tell."""
+    await send(node, BASE.usdc, EMIT + STOP)
+    async with lying(node, forgets_in_ranges) as url, JsonRpc(url) as forgetful:
+        asked = {"fromBlock": "0x1", "toBlock": "latest", "address": BASE.usdc}
+        assert await forgetful.call("eth_getLogs", asked, shape=list) == []
+        assert await amounts(EvmReader(BASE, forgetful)) == [5_000_000]
 
 
 def test_a21_there_is_no_setting_that_credits_before_finality() -> None:
