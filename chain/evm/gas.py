@@ -73,6 +73,13 @@ class GasPayer:
         self._fee_cap_wei = fee_cap_wei
         self.address: EvmAddress = from_bytes(bytes.fromhex(self._account.address[2:]))
 
+    async def price_wei(self) -> int:
+        """What a unit of gas costs now, tip included; FeesTooHigh above the cap."""
+        history = await self._rpc.call("eth_feeHistory", "0x1", "latest", [50], shape=_FeeHistory)
+        base, tip = _price(history)
+        self._require_below_cap(base + tip)
+        return base + tip
+
     async def wrap(self, to: str, calldata: bytes) -> OuterTransaction:
         """Dry-run and sign a call of `to`; Reverted if it would fail.  Sends nothing."""
         call = {"from": self.address, "to": to, "data": "0x" + calldata.hex()}
@@ -129,12 +136,20 @@ class GasPayer:
 
     def _fees(self, history: _FeeHistory) -> tuple[int, int]:
         """(most per gas, tip per gas), so that the transaction survives the base fee doubling."""
-        base = quantity(history.baseFeePerGas[-1]) if history.baseFeePerGas else 0
-        tip = quantity(history.reward[-1][0]) if history.reward and history.reward[-1] else 0
-        tip = max(tip, 1)
-        if base + tip > self._fee_cap_wei:
-            raise FeesTooHigh(f"gas costs {base + tip} wei, the cap is {self._fee_cap_wei}")
+        base, tip = _price(history)
+        self._require_below_cap(base + tip)
         return min(2 * base + tip, self._fee_cap_wei), tip
+
+    def _require_below_cap(self, price_wei: int) -> None:
+        if price_wei > self._fee_cap_wei:
+            raise FeesTooHigh(f"gas costs {price_wei} wei, the cap is {self._fee_cap_wei}")
+
+
+def _price(history: _FeeHistory) -> tuple[int, int]:
+    """(base fee, tip) of a unit of gas; a tip of at least one wei."""
+    base = quantity(history.baseFeePerGas[-1]) if history.baseFeePerGas else 0
+    tip = quantity(history.reward[-1][0]) if history.reward and history.reward[-1] else 0
+    return base, max(tip, 1)
 
 
 def _bumped(wei: int) -> int:

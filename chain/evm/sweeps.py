@@ -47,6 +47,18 @@ class Sweeper:
         outer = await self._gas_payer.wrap(self.forwarders.factory, calldata)
         return SignedTransaction(outer.raw, outer.tx, fence="")
 
+    async def gas_price_wei(self) -> int:
+        """What a unit of gas costs now; FeesTooHigh above the gas payer's cap."""
+        return await self._gas_payer.price_wei()
+
+    async def replace(self, signed: SignedTransaction) -> SignedTransaction | None:
+        """The same sweep on the same nonce for a better fee; None if that nonce is used by now.
+
+        At most one of the two lands.  FeesTooHigh above the cap.
+        """
+        outer = await self._gas_payer.replace(signed.raw)
+        return None if outer is None else SignedTransaction(outer.raw, outer.tx, fence="")
+
     async def broadcast(self, signed: SignedTransaction) -> None:
         """Send the same bytes; see `gas.broadcast` for what it raises."""
         await gas.broadcast(self._rpc, signed.raw, signed.tx)
