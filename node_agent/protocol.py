@@ -14,6 +14,8 @@ The law of a request:
    is harmless. Out of credit, the node stops reading its engine; after `CREDIT_STALL_MS` of that it gives up.
 6. The gateway may publish `Cancel` on `control_subject(node)` at any time; the node aborts in the
    engine and sends `Failed(code=CANCELLED)`, which the gateway is free not to wait for.
+7. A gateway that dies cancels nothing. So now and then (`LISTENERS_ASKED_MS`) the node gives a frame a
+   reply subject of its own; if nobody hears it, NATS says so there, and the node aborts as on `Cancel`.
 
 Messages grow only by appending optional fields: unknown fields are ignored, so either side may be newer.
 Times are milliseconds. Durations are relative, since operators' clocks are not trusted.
@@ -62,6 +64,7 @@ WALL_MS_MAX: Final = 600_000  # longest request
 ACCEPT_MS_MAX: Final = 5_000  # gateway: from publishing to `Accepted` or `Failed`
 CREDIT_STALL_MS: Final = 30_000  # node: longest wait for credit
 CREDIT_DEFAULT: Final = 64  # `Delta`s granted with a request
+LISTENERS_ASKED_MS: Final = 1_000  # node: from one question whether anybody listens to the next, at least
 STATUS_EVERY_MS: Final = 3_000
 NODE_SILENT_MS_MAX: Final = 60_000  # a node without a status for this long is out
 PROOF_SKEW_MS_MAX: Final = 30_000  # attack row A83
@@ -129,6 +132,11 @@ def node_subjects(node: NodeId) -> str:
 def receipts_subject(node: NodeId) -> str:
     """Where a node is shown receipts of what it served, to sign them too."""
     return f"node.{node}.receipts"
+
+
+def unheard_subject(node: NodeId, number: str = "*") -> str:
+    """Where NATS tells a node that nobody listens to its answer of this number; for subscribers, any."""
+    return f"node.{node}.unheard.{number}"
 
 
 def status_subject(node: NodeId) -> str:

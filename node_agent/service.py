@@ -5,10 +5,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +38,8 @@ DISCONNECT_SECONDS_MAX: Final = 5.0
 SAME_COMPLAINT_SECONDS: Final = 30.0
 PENDING_MESSAGES_MAX: Final = 4096
 LOOK_EVERY_SECONDS: Final = 0.2  # at the engines' states
+NOBODY_LISTENS: Final = "503"
+"""The status with which NATS answers a message that nobody is subscribed to."""
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +74,23 @@ class LocalStatus(msgspec.Struct, frozen=True):
     """By this node's own count, at its own prices, since 00:00 UTC; the marketplace's word counts."""
 
 
+class _Voice:
+    """Publishes one answer's frames, and with some of them asks NATS whether anybody listens."""
+
+    def __init__(self, publish: Callable[[str, bytes, str], Awaitable[None]], to: str, unheard: str) -> None:
+        self._publish = publish
+        self._to = to
+        self._unheard = unheard
+        self._asked = time.monotonic()
+
+    async def __call__(self, data: bytes) -> None:
+        now = time.monotonic()
+        is_due = now - self._asked >= protocol.LISTENERS_ASKED_MS / 1000
+        if is_due:
+            self._asked = now
+        await self._publish(self._to, data, self._unheard if is_due else "")
+
+
 class Service:
     """One agent."""
 
@@ -96,6 +116,8 @@ class Service:
             model.name: (self._engines[settings.name], model) for settings, model in config.models()
         }
         self._relays: dict[str, Relay] = {}
+        self._numbered: dict[str, Relay] = {}
+        self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._journal = Journal(folder)
         self._receipts = ReceiptBook(folder, seed=identity.seed, node_id=self.node_id)
@@ -202,6 +224,9 @@ class Service:
         await self._nats.subscribe(
             protocol.receipts_subject(self.node_id), cb=self._on_receipts, pending_msgs_limit=limit
         )
+        await self._nats.subscribe(
+            protocol.unheard_subject(self.node_id), cb=self._on_unheard, pending_msgs_limit=limit
+        )
         await on_connected()
 
     def _complain(self, text: str) -> None:
@@ -213,10 +238,10 @@ class Service:
             _log.warning("fabric %s: %s%s", self.config.nats_url, text, hint)
             self._complaint = (text, time.monotonic())
 
-    async def _publish(self, subject: str, data: bytes) -> None:
+    async def _publish(self, subject: str, data: bytes, reply: str = "") -> None:
         """Publish; raises `ConnectionError` when the fabric is gone for long."""
         try:
-            await self._nats.publish(subject, data)
+            await self._nats.publish(subject, data, reply)
         except nats.errors.Error as error:
             raise ConnectionError(str(error)) from error
 
@@ -247,6 +272,13 @@ class Service:
         else:
             relay.grant(control.up_to)
 
+    async def _on_unheard(self, message: Msg) -> None:
+        """NATS says that nobody listens to an answer: its gateway is gone, so the engine may stop."""
+        relay = self._numbered.get(message.subject.rpartition(".")[2])
+        if relay is not None and (message.headers or {}).get("Status") == NOBODY_LISTENS:
+            _log.info("request %s: nobody listens any more", relay.request.id)
+            relay.cancel()
+
     async def _on_request(self, message: Msg) -> None:
         if not message.reply:
             return
@@ -264,10 +296,12 @@ class Service:
             await self._refuse(message.reply, *refusal, is_retriable=True)
             return
         engine, model = self._models[request.model]
-        reply = message.reply
-        relay = Relay(request, lambda data: self._publish(reply, data), now_ms=self._now_ms)
-        self._relays[request.id] = relay
+        number = str(next(self._numbers))
+        voice = _Voice(self._publish, message.reply, protocol.unheard_subject(self.node_id, number))
+        relay = Relay(request, voice, now_ms=self._now_ms)
+        self._relays[request.id] = self._numbered[number] = relay
         task = asyncio.create_task(self._answer(relay, engine, model), name=f"request {request.id}")
+        task.add_done_callback(lambda _: self._numbered.pop(number))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

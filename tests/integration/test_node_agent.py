@@ -754,6 +754,45 @@ async def test_killed_agent_frees_its_engine_and_its_successor_serves(
             await statuses.next_msg(1)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"credit": 100_000}, {"credit": 3}, {"stream": False}],
+    ids=["streaming", "out of credit", "gathering"],
+)
+async def test_an_answer_nobody_listens_to_ends_and_frees_its_place(
+    agent: Agent,
+    engine: FakeEngine,
+    nats_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asked: dict[str, object],
+) -> None:
+    """A gateway was killed: it cancels nothing, and the engine must not go on for minutes for nobody."""
+    caplog.set_level("INFO", logger="node_agent")
+    monkeypatch.setattr(relay, "HEARTBEAT_MS", 300)
+    monkeypatch.setattr(protocol, "LISTENERS_ASKED_MS", 200)
+    engine.words, engine.gap_seconds = ["word "] * 10_000, 0.02
+    doomed, lucky = await nats.connect(nats_url, allow_reconnect=False), await agent.ask(credit=100_000)
+    reply = Reply(doomed, **asked)
+    await reply.send()
+    while type(await reply.next()) is protocol.Accepted:
+        pass
+    doomed._transport.close()  # as the kernel does for a killed process
+    async with asyncio.timeout(10):
+        await engine.aborted.wait()
+        while len(agent.service._relays) > 1:
+            await asyncio.sleep(0.02)
+    assert [record.args for record in caplog.records if "nobody listens" in record.msg] == [
+        (reply.request.id,)
+    ]
+    heard = len(lucky.frames)
+    while len(lucky.frames) < heard + 20:  # whoever is listened to goes on
+        assert isinstance(await lucky.next(), protocol.Accepted | protocol.Delta)
+    await lucky.control(protocol.Cancel(lucky.request.id))
+    await agent.until_status(lambda status: status.models[0].running == 0)
+    await doomed.close()
+
+
 async def test_an_engine_that_closes_kept_connections_fails_no_request() -> None:
     """It answers one request a connection and drops the next unread, as idle limits do in the worst case."""
     served = []
