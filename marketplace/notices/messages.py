@@ -35,6 +35,14 @@ _TEXTS: Final[Mapping[str, Message]] = {
     "payout_address_added": Message("A payout address was added to your account", "{message}"),
     "payout_address_retired": Message("A payout address was removed from your account", "{message}"),
     "withdrawal_refused": Message("A withdrawal could not be paid", "{message}"),
+    "standing_held": Message(
+        "Your earnings are held and your nodes get no requests",
+        "Reason: {reason}\n\nThe findings: tollway-node standing\n"
+        'What is wrong with them: tollway-node dispute "WHY". A person will decide.',
+    ),
+    "dispute_decided": Message(
+        "Your dispute was {outcome}", "Your dispute was {outcome}; your standing is {standing}.\n{reason}"
+    ),
     "kyc_decided": Message("Your identity check", "{message}"),
     "wallet_linked": Message("A wallet was linked to your account", "{message}"),
     "webhook_test": Message("A test of your webhook", "You asked for a test."),

@@ -5,6 +5,8 @@ Whoever is held stays held until a person decides, since a cheat could wait out 
 the operator also forgives: what was counted before it is not counted again.
 
 Somebody in bad standing for another reason is left as he is, and a good standing a person gave forgives too.
+The operator is told of a hold and of a decision in the transaction that makes it (`standing_held`,
+`dispute_decided`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from marketplace.notices import outbox
 from marketplace.platform.ids import uuid7
 from marketplace.reputation.errors import DisputeRefused
 from marketplace.reputation.standing import Standing, State
@@ -103,6 +106,7 @@ async def hold(connection: AsyncConnection, operator: UUID, standing: Standing, 
         return False
     reason = standing.reason[:REASON_CHARACTERS_MAX]
     await _stand(connection, operator, is_good=False, action="held", actor=ACTOR, reason=reason, now=now)
+    await outbox.enqueue(connection, "standing_held", operator, {"reason": reason}, now=now)
     return True
 
 
@@ -137,15 +141,21 @@ async def decide(
     )
     if operator is None:
         raise DisputeRefused("not_open", "there is no open dispute of this id")
-    if is_accepted:
-        newest = (await decided(connection, [operator])).get(operator)
-        if newest is not None and newest.is_ours:
-            await _stand(
-                connection, operator, is_good=True, action=state, actor=actor, reason=reason, now=now
-            )
-            return
-    note = {"person": operator, "action": state, "actor": actor, "reason": reason, "now": now}
-    await connection.execute(_NOTE, note)
+    newest = (await decided(connection, [operator])).get(operator)
+    ends_hold = is_accepted and newest is not None and newest.is_ours
+    if ends_hold:
+        await _stand(connection, operator, is_good=True, action=state, actor=actor, reason=reason, now=now)
+    else:
+        note = {"person": operator, "action": state, "actor": actor, "reason": reason, "now": now}
+        await connection.execute(_NOTE, note)
+    is_good = ends_hold or newest is None or newest.is_good
+    told = {
+        "dispute_id": str(identity),
+        "outcome": state,
+        "standing": State.GOOD if is_good else State.HELD,
+        "reason": reason,
+    }
+    await outbox.enqueue(connection, "dispute_decided", operator, told, now=now)
 
 
 async def last_dispute(connection: AsyncConnection, operator: UUID) -> Dispute | None:

@@ -83,6 +83,15 @@ class Site:
         assert all(row.reason for row in found)
         return [(row.action, row.actor) for row in found]
 
+    async def told(self, person: UUID) -> list[tuple[str, dict[str, str]]]:
+        """The notices left for a person, oldest first."""
+        async with transaction(self.engine) as connection:
+            rows = await connection.execute(
+                text("SELECT kind, payload FROM notices WHERE person_id = :person ORDER BY id"),
+                {"person": person},
+            )
+            return [(row.kind, row.payload) for row in rows]
+
 
 @pytest.fixture
 async def site(engine: AsyncEngine) -> Site:
@@ -126,6 +135,21 @@ async def test_a_dispute_is_decided_by_a_person_with_a_reason(site: Site) -> Non
     actors = [holds.ACTOR, f"person:{site.cheat}", "person:root", f"person:{site.cheat}", "person:root"]
     actions = ["held", "disputed", "rejected", "disputed", "accepted"]
     assert await site.journal() == list(zip(actions, actors, strict=True))
+    held, *decisions = await site.told(site.cheat)
+    assert held[0] == "standing_held"
+    assert "9 of 10 checked answers" in held[1]["reason"]
+    common = {"reason": "looked at it"}
+    assert decisions == [
+        (
+            "dispute_decided",
+            {"dispute_id": str(first.id), "outcome": "rejected", "standing": "held", **common},
+        ),
+        (
+            "dispute_decided",
+            {"dispute_id": str(second.id), "outcome": "accepted", "standing": "good", **common},
+        ),
+    ]
+    assert await site.told(site.honest) == []
 
     site.clock.at += timedelta(minutes=1)
     await site.swaps_model()
@@ -152,6 +176,7 @@ async def test_two_processes_hold_once(site: Site) -> None:
     held = await asyncio.gather(*(assess(site.engine, site.clock) for _ in range(4)))
     assert [operator for each in held for operator in each] == [site.cheat]
     assert await site.journal() == [("held", holds.ACTOR)]
+    assert [kind for kind, _ in await site.told(site.cheat)] == ["standing_held"]
 
 
 async def test_thresholds_are_data_on_record(site: Site) -> None:
