@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Final
+from urllib.parse import urlsplit
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -208,9 +210,20 @@ async def _open_provider(stack: AsyncExitStack, chain: Chain, chains: ChainsConf
     if chain is Chain.SOLANA:
         if chains.solana.usdc_mint != SOLANA.usdc_mint:
             raise SetupFault(f"solana: USDC is {SOLANA.usdc_mint}, not {chains.solana.usdc_mint}")
-        return SolanaReader(await stack.enter_async_context(SolanaRpc(url)))
+        genesis_hash = None if is_on_this_machine(url) else SOLANA.genesis_hash
+        return SolanaReader(await stack.enter_async_context(SolanaRpc(url)), genesis_hash=genesis_hash)
     config: EvmChainConfig = chains.ethereum if chain is Chain.ETHEREUM else chains.base
     network = EVM_NETWORKS[chain]
     if (config.chain_id, config.usdc) != (network.chain_id, network.usdc):
         raise SetupFault(f"{chain}: chain id and USDC must be {network.chain_id} and {network.usdc}")
-    return EvmReader(network, await stack.enter_async_context(JsonRpc(url)))
+    pinned = () if is_on_this_machine(url) else ((0, network.genesis_hash),)
+    return EvmReader(network, await stack.enter_async_context(JsonRpc(url)), pinned_blocks=pinned)
+
+
+def is_on_this_machine(url: str) -> bool:
+    """Tell whether a provider is reached over loopback; no other may serve a development chain (A13)."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

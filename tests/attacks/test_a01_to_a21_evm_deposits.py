@@ -15,12 +15,13 @@ from aiohttp import web
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from chain.errors import WrongChain
 from chain.evm.reader import TRANSFER_TOPIC, EvmReader
 from chain.evm.rpc import JsonRpc, quantity
 from chain.localnet import evm as localnet
 from chain.localnet import settings as localnet_settings
 from chain.localnet.evm import Anvil
-from chain.networks import BASE, Chain
+from chain.networks import BASE, ETHEREUM, SOLANA, Chain
 from chain.ports import BlockFacts, ChainReader
 from chain.quorum import FaultKind, Provider, ProviderFault, agreed
 from chain.simulated import Movement, SimulatedChain
@@ -31,7 +32,7 @@ from marketplace.deposits.cursor import load_cursor
 from marketplace.deposits.watcher import Watcher
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.database import transaction
-from marketplace.platform.settings import EvmChainConfig
+from marketplace.platform.settings import ChainsConfig, EvmChainConfig
 
 pytestmark = [pytest.mark.chains, pytest.mark.timeout(120)]
 
@@ -242,6 +243,61 @@ async def test_a12_a_log_left_out_of_a_range_is_missed_by_its_blocks_bloom(node:
         asked = {"fromBlock": "0x1", "toBlock": "latest", "address": BASE.usdc}
         assert await forgetful.call("eth_getLogs", asked, shape=list) == []
         assert await amounts(EvmReader(BASE, forgetful)) == [5_000_000]
+
+
+def chains_of(node: JsonRpc) -> ChainsConfig:
+    evm = {
+        "rpc": (node.url,),
+        "usdc": BASE.usdc,
+        "escrow": ELSEWHERE,
+        "forwarder_factory": ELSEWHERE,
+        "multi_send": ELSEWHERE,
+        "signers": (ELSEWHERE,),
+        "threshold": 1,
+    }
+    named = ("multisig", "escrow", "nonce_account", "gas_payer")
+    solana = {"rpc": (), "usdc_mint": SOLANA.usdc_mint, "signers": (), "threshold": 1}
+    return ChainsConfig.model_validate(
+        {
+            "ethereum": evm | {"chain_id": 1, "usdc": ETHEREUM.usdc},
+            "base": evm | {"chain_id": 8453},
+            "solana": solana | dict.fromkeys(named, ""),
+        }
+    )
+
+
+async def test_a13_a_provider_elsewhere_serves_the_public_chain_or_none(
+    node: JsonRpc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's own chain with Base's chain id: taken from this machine, and from nowhere else."""
+    async with service.open_reader(Chain.BASE, chains_of(node)) as reader:
+        await reader.check_identity()
+    monkeypatch.setattr(service, "is_on_this_machine", lambda _url: False)
+    async with service.open_reader(Chain.BASE, chains_of(node)) as reader:
+        with pytest.raises(WrongChain, match="another block 0"):
+            await reader.check_identity()
+    block = await node.call("eth_getBlockByNumber", "0x0", False, shape=dict)
+    public = replace(BASE, genesis_hash=block["hash"])
+    monkeypatch.setitem(service.EVM_NETWORKS, Chain.BASE, public)
+    async with service.open_reader(Chain.BASE, chains_of(node)) as reader:
+        await reader.check_identity()
+
+
+@pytest.mark.parametrize(
+    ("url", "is_here"),
+    [
+        ("http://127.0.0.1:8545", True),
+        ("http://[::1]:8545/", True),
+        ("http://localhost:8545", True),
+        ("https://localhost.example.org", False),
+        ("https://127.0.0.1.example.org/key", False),
+        ("http://10.0.0.1:8545", False),
+        ("http://me@203.0.113.7#@127.0.0.1", False),
+        ("", False),
+    ],
+)
+def test_a13_what_is_on_this_machine(url: str, is_here: bool) -> None:
+    assert service.is_on_this_machine(url) is is_here
 
 
 def test_a21_there_is_no_setting_that_credits_before_finality() -> None:
