@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -61,6 +61,8 @@ from marketplace.platform.database import transaction
 
 WATCHER: Final = "watcher"
 PROGRESS_EVERY_S: Final = 5.0
+STALL_S: Final = 3600.0
+"""A node whose final block has not moved for so long: nothing is lent on the chain until it does."""
 LOCK_SPACE: Final = 0x746F6C6C  # "toll": first key of the advisory locks, the second is the chain's
 _log: Final = structlog.get_logger("marketplace.deposits")
 
@@ -97,6 +99,9 @@ class Watcher:
     _caught_up_from_at: tuple[float, int] | None = None
     """Since when, and from which height, this watcher has been catching up."""
     _progress_told_at: float = 0.0
+    _final_since: tuple[int, float] | None = None
+    """The highest final block the node has told, and when it first did (monotonic seconds)."""
+    _stall_told: bool = False
 
     def __post_init__(self) -> None:
         self._addresses = KnownAddresses(self.rules.chain, self.rules.escrow)
@@ -171,6 +176,7 @@ class Watcher:
 
     async def _tick(self) -> bool:
         final = await self.reader.final()
+        self._watch_finality(final)
         cursor = await self._load()
         if cursor is None:
             await self._start(final)
@@ -181,6 +187,18 @@ class Watcher:
         if await self._move_final(cursor, final):
             return True
         return await self._move_head(cursor)
+
+    def _watch_finality(self, final: Header) -> None:
+        """Say once when finality stalls.  Credits wait for it anyway; loans against it stop."""
+        now = self.clock.monotonic()
+        if self._final_since is None or final.height > self._final_since[0]:
+            self._final_since, self._stall_told = (final.height, now), False
+        unmoved_s = now - self._final_since[1]
+        metrics.FINAL_UNMOVED.labels(self.rules.chain).set(unmoved_s)
+        if unmoved_s > STALL_S and not self._stall_told:
+            self._stall_told = True
+            self._odd("final_stalled")
+            _log.error("finality stalls", chain=self.rules.chain.value, height=final.height, for_s=unmoved_s)
 
     async def _load(self) -> Cursor | None:
         """The cursor, from memory while this watcher is the only writer; halts are read every time."""
@@ -303,7 +321,8 @@ class Watcher:
             if isinstance(step, Reorged):
                 await orphan(conn, self.rules.chain, [header.hash for header in step.orphaned], now)
             directory = await look_up(conn, self.rules.chain, self.rules.escrow, transfers)
-            await record_seen(conn, self.rules, transfers, directory, now, outbound=_outbound(fresh))
+            rules = replace(self.rules, early=None) if self._stall_told else self.rules
+            await record_seen(conn, rules, transfers, directory, now, outbound=_outbound(fresh))
         self._moved(saved)
         if isinstance(step, Reorged):
             metrics.REORGS.labels(self.rules.chain).inc()

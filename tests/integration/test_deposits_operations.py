@@ -20,10 +20,12 @@ from structlog.testing import capture_logs
 from chain.errors import RpcUnavailable
 from chain.networks import EVM_NETWORKS, SOLANA, Chain
 from chain.simulated import SimulatedChain
+from chain.units import Micro
 from marketplace.deposits import service
 from marketplace.deposits.cursor import load_cursor
+from marketplace.deposits.early import EarlyCredit
 from marketplace.deposits.tables import chain_cursors, chain_halts
-from marketplace.deposits.watcher import PROGRESS_EVERY_S
+from marketplace.deposits.watcher import PROGRESS_EVERY_S, STALL_S
 from marketplace.platform.database import connect, transaction
 from marketplace.platform.errors import SetupFault
 from marketplace.platform.operations import answering_operations
@@ -95,6 +97,28 @@ async def test_a_lagging_node_and_a_regressed_final_are_counted_and_are_no_reorg
     assert metric("tollway_chain_oddities_total", kind="final_regressed") == before["final_regressed"] + 1
     assert metric("tollway_chain_reorgs_total") == reorgs
     assert list((await bench.statuses()).values()) == ["final"]
+
+
+async def test_finality_that_stalls_is_said_once_and_nothing_is_lent_on_it(bench: Bench) -> None:
+    person, address = await bench.a_buyer()
+    watcher = await start(bench, early=EarlyCredit(Micro(50_000_000), Micro(50_000_000)))
+    before = metric("tollway_chain_oddities_total", chain="base", kind="final_stalled")
+    bench.clock.at += timedelta(seconds=STALL_S / 2)
+    bench.node.mine(bench.pays(address, 6))
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 6_000_000_000  # lent
+    bench.clock.at += timedelta(seconds=STALL_S)
+    bench.node.mine(bench.pays(address, 7))
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 6_000_000_000
+    assert metric("tollway_chain_oddities_total", chain="base", kind="final_stalled") == before + 1
+    assert metric("tollway_chain_final_unmoved_seconds", chain="base") > STALL_S
+    bench.node.finalize()
+    bench.node.mine(bench.pays(address, 8))
+    await bench.settle(watcher)
+    assert await bench.buyer(person) == 21_000_000_000  # credited, and lent again
+    assert metric("tollway_chain_final_unmoved_seconds", chain="base") < STALL_S
+    await bench.books_hold()
 
 
 async def test_a_watcher_after_days_shows_how_far_it_is(bench: Bench) -> None:
