@@ -1,12 +1,16 @@
-"""What all settlement routes share: one transaction, every refusal answered, and documented."""
+"""What all settlement routes share: one transaction, refusals answered and documented, inputs, bodies."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from datetime import datetime
+from typing import Annotated, Any, Final
+from uuid import UUID
 
+from fastapi import Header, Query
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.errors import BadAddress
@@ -25,6 +29,15 @@ from marketplace.settlement.errors import (
     WrongState,
 )
 from marketplace.settlement.sanctions import Sanctioned
+from marketplace.settlement.withdrawals import KEY_CHARACTERS_MAX, PAGE_MAX
+
+Reason = Annotated[str, Field(min_length=1, max_length=1000)]
+AmountText = Annotated[str, Field(min_length=1, max_length=24, examples=["25.00", "all"])]
+Before = Annotated[UUID | None, Query(description="only those older than this one")]
+Limit = Annotated[int, Query(ge=1, le=PAGE_MAX)]
+IdempotencyKey = Annotated[
+    str, Header(min_length=1, max_length=KEY_CHARACTERS_MAX, description="your own, once per request")
+]
 
 _AMOUNT: Final = re.compile(r"\d{1,12}(\.\d{1,6})?", re.ASCII)
 """No exponents, no signs: what cannot be large needs no further limit."""
@@ -41,6 +54,31 @@ _ANSWERS: Final[dict[type[SettlementRefusal], int]] = {
 }
 
 
+class Decision(BaseModel):
+    """Why; kept for ever."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: Reason
+
+
+class PayeeBody(BaseModel):
+    """Where somebody wants to be paid: one entry of an address book."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID
+    created_at: datetime
+    usable_at: datetime = Field(description="end of the cooling time; withdrawals before are refused")
+    retired_at: datetime | None
+
+
+class Page(BaseModel):
+    """A page, newest first."""
+
+    has_more: bool = Field(description="ask again with `before` = the last id")
+
+
 def errors(**reasons: str) -> dict[int | str, dict[str, Any]]:
     """Document refusals: `s404="no such batch"`."""
     always = {"s401": "no valid credential", "s403": "the credential lacks the scope"}
@@ -48,6 +86,15 @@ def errors(**reasons: str) -> dict[int | str, dict[str, Any]]:
         int(status[1:]): {"model": RefusalOut, "description": why}
         for status, why in {**always, **reasons}.items()
     }
+
+
+def asked(what: str) -> dict[int | str, dict[str, Any]]:
+    """Document the refusals of a request to be paid; `what` cannot be read else."""
+    return errors(
+        s400=what,
+        s409="the Idempotency-Key was used with other inputs",
+        s422="a rule is not met; the code names it and the message says how to meet it",
+    )
 
 
 @asynccontextmanager

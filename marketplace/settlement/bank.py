@@ -13,8 +13,6 @@ reference.  Until then the money stays earnings, held.  It comes from what Strip
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -31,20 +29,18 @@ from marketplace.ledger import accounts as ledger_accounts
 from marketplace.ledger import templates
 from marketplace.ledger.accounts import ensure_account
 from marketplace.ledger.holds import hold, release
-from marketplace.ledger.money import from_micro, to_micro
+from marketplace.ledger.money import from_micro
 from marketplace.ledger.posting import lock_balances, post_transfer
 from marketplace.notices import outbox
 from marketplace.platform.ids import uuid7
-from marketplace.settlement import halts, kyc, people
+from marketplace.settlement import halts, people
 from marketplace.settlement.earnings import lock_earnings
-from marketplace.settlement.eligibility import Case, broken_rules
 from marketplace.settlement.errors import KeyReused, NotFound, SettlementRefusal, WrongState
 from marketplace.settlement.tables import bank_accounts, bank_withdrawals
-from marketplace.settlement.withdrawals import Limits, not_eligible, over_limit, withdrawn_before
+from marketplace.settlement.withdrawals import PAGE_MAX, Limits, decide, input_hash, over_limit
 
 ACCOUNTS_MAX: Final = 10
 """Bank accounts one person may have in use."""
-PAGE_MAX: Final = 200
 _IBAN: Final = re.compile(r"[A-Z]{2}\d{2}[A-Z0-9]{11,30}", re.ASCII)
 
 
@@ -167,9 +163,7 @@ async def request(
 
     The rules are those of a withdrawal on chain, and both count towards the same KYC limits.
     """
-    inputs = hashlib.sha256(
-        json.dumps([str(account_id), "all" if amount is None else amount.n]).encode()
-    ).digest()
+    inputs = input_hash(str(account_id), amount)
     earned = await lock_earnings(conn, person, now=now, reserve=limits.reserve)
     t = bank_withdrawals.c
     same = select(bank_withdrawals).where(t.person_id == person, t.idempotency_key == key)
@@ -177,23 +171,16 @@ async def request(
         if found.input_hash != inputs:
             raise KeyReused("this Idempotency-Key was used for another withdrawal; use a new key")
         return _withdrawal(found), False
-    wanted = amount if amount is not None else Micro(to_micro(earned.matured)[0])
-    accounts = {a.id: a for a in await accounts_of(conn, person) if a.retired_at is None}
-    account, tier = accounts.get(account_id), await kyc.tier_of(conn, person)
-    case = Case(
-        amount=from_micro(wanted.n),
-        matured=earned.matured,
-        withdrawn_before=await withdrawn_before(conn, person),
-        bad_standing=(await people.bad_standings(conn, [person])).get(person),
-        is_address_known=account is not None,
-        address_usable_at=None if account is None else account.usable_at,
+    usable = {a.id: a.usable_at for a in await accounts_of(conn, person) if a.retired_at is None}
+    wanted = await decide(
+        conn,
+        person=person,
+        amount=amount,
+        earned=earned,
+        usable_at=usable.get(account_id),
+        limits=limits,
         now=now,
-        minimum=limits.minimum,
-        withdrawal_max=tier.withdrawal_max,
-        total_max=tier.total_max,
     )
-    if broken := broken_rules(case):
-        raise not_eligible(broken)
     identity = uuid7()
     earnings_account = ledger_accounts.operator_earnings(str(person))
     held = await hold(conn, earnings_account, from_micro(wanted.n), reason=f"bank withdrawal {identity}")

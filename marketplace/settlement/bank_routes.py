@@ -6,30 +6,35 @@ from datetime import datetime
 from typing import Annotated, Self
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from marketplace.platform.http import AccountIdentity, AdminIdentity, ServicesDep, require_recent_proof
 from marketplace.settlement import bank, withdrawals
-from marketplace.settlement.answers import actor_of, errors, parse_amount, work
+from marketplace.settlement.answers import (
+    AmountText,
+    Before,
+    Decision,
+    IdempotencyKey,
+    Limit,
+    Page,
+    PayeeBody,
+    actor_of,
+    asked,
+    errors,
+    parse_amount,
+    work,
+)
 
 router = APIRouter()
 """Included by `routes.router`, under /api."""
 
-Reason = Annotated[str, Field(min_length=1, max_length=1000)]
 
-
-class BankAccountBody(BaseModel):
+class BankAccountBody(PayeeBody):
     """One bank account of yours."""
 
-    model_config = ConfigDict(from_attributes=True)
-
-    id: UUID
     holder: str
     iban: str
-    created_at: datetime
-    usable_at: datetime = Field(description="end of the cooling time; withdrawals before are refused")
-    retired_at: datetime | None
 
 
 class BankAccounts(BaseModel):
@@ -53,7 +58,7 @@ class NewBankWithdrawal(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     account_id: UUID
-    amount: Annotated[str, Field(min_length=1, max_length=24, examples=["25.00", "all"])]
+    amount: AmountText
 
 
 class BankWithdrawalBody(BaseModel):
@@ -86,19 +91,14 @@ class BankWithdrawalBody(BaseModel):
         )
 
 
-class BankWithdrawals(BaseModel):
+class BankWithdrawals(Page):
     """A page, newest first."""
 
     data: list[BankWithdrawalBody]
-    has_more: bool = Field(description="ask again with `before` = the last id")
 
-
-class Decision(BaseModel):
-    """Why."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    reason: Reason
+    @classmethod
+    def of(cls, found: list[bank.BankWithdrawal], limit: int) -> Self:
+        return cls(data=[BankWithdrawalBody.of(made) for made in found], has_more=len(found) == limit)
 
 
 class SentByBank(BaseModel):
@@ -107,10 +107,6 @@ class SentByBank(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     reference: Annotated[str, Field(min_length=1, max_length=200, description="the bank's own")]
-
-
-Before = Annotated[UUID | None, Query(description="only those older than this one")]
-Limit = Annotated[int, Query(ge=1, le=bank.PAGE_MAX)]
 
 
 @router.get("/bank-accounts", responses=errors(), tags=["operators"])
@@ -165,17 +161,13 @@ async def list_bank_withdrawals(
     """Your withdrawals to banks, newest first."""
     async with work(services) as conn:
         found = await bank.listing(conn, person=identity.person_id, before=before, limit=limit)
-    return BankWithdrawals(data=[BankWithdrawalBody.of(w) for w in found], has_more=len(found) == limit)
+    return BankWithdrawals.of(found, limit)
 
 
 @router.post(
     "/bank-withdrawals",
     status_code=201,
-    responses=errors(
-        s400="not an amount",
-        s409="the Idempotency-Key was used with other inputs",
-        s422="a rule is not met; the code names it and the message says how to meet it",
-    ),
+    responses=asked("not an amount"),
     tags=["operators"],
 )
 async def request_bank_withdrawal(
@@ -183,7 +175,7 @@ async def request_bank_withdrawal(
     identity: AccountIdentity,
     body: NewBankWithdrawal,
     response: Response,
-    idempotency_key: Annotated[str, Header(min_length=1, max_length=withdrawals.KEY_CHARACTERS_MAX)],
+    idempotency_key: IdempotencyKey,
 ) -> BankWithdrawalBody:
     """Request a payout to your bank; people approve and send it.  The same key gives the same one (200)."""
     amount = parse_amount(body.amount)
@@ -228,7 +220,7 @@ async def list_open_bank_withdrawals(
     del identity
     async with work(services) as conn:
         found = await bank.listing(conn, before=before, limit=limit)
-    return BankWithdrawals(data=[BankWithdrawalBody.of(w) for w in found], has_more=len(found) == limit)
+    return BankWithdrawals.of(found, limit)
 
 
 @router.post(

@@ -35,8 +35,8 @@ class Case:
     """Earlier withdrawals that were paid or may still be."""
     bad_standing: str | None
     """Why the operator is not in good standing."""
-    is_address_known: bool
     address_usable_at: datetime | None
+    """End of its cooling time; None: the person's address book does not have it."""
     now: datetime
     minimum: Nano
     withdrawal_max: Nano | None
@@ -101,7 +101,7 @@ def kyc_rule(
 
 
 def _address(case: Case) -> BrokenRule | None:
-    if not case.is_address_known or case.address_usable_at is None:
+    if case.address_usable_at is None:
         return BrokenRule(
             "address_unknown",
             "the address is not in your address book",

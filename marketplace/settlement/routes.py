@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Literal, Self
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from chain.addresses import ADDRESS_TEXT_MAX, parse_payout_address
@@ -31,19 +31,29 @@ from marketplace.settlement import (
     signing,
     withdrawals,
 )
-from marketplace.settlement.answers import actor_of, errors, parse_amount, work
+from marketplace.settlement.answers import (
+    AmountText,
+    Before,
+    Decision,
+    IdempotencyKey,
+    Limit,
+    Page,
+    PayeeBody,
+    actor_of,
+    asked,
+    errors,
+    parse_amount,
+    work,
+)
 from marketplace.settlement.bank_routes import router as bank_router
 from marketplace.settlement.consents import consent_of
-from marketplace.settlement.errors import (
-    ApprovalRefused,
-)
+from marketplace.settlement.errors import ApprovalRefused
 from marketplace.settlement.kyc_routes import router as kyc_router
 from marketplace.settlement.public_routes import router as public_router
 
 router = APIRouter(prefix="/api")
 router.include_router(kyc_router)  # before /kyc/{person}, which would take its paths
 
-Reason = Annotated[str, Field(min_length=1, max_length=people.REASON_CHARACTERS_MAX)]
 AddressText = Annotated[str, Field(min_length=1, max_length=ADDRESS_TEXT_MAX)]
 
 
@@ -65,26 +75,11 @@ class EarningsBody(BaseModel):
     card_reserve_s: int = Field(description="the same of what buyers who have paid by card paid for")
 
 
-class PayoutAddressBody(BaseModel):
+class PayoutAddressBody(PayeeBody):
     """One entry of the address book."""
 
-    id: UUID
     chain: Chain
     address: str
-    created_at: datetime
-    usable_at: datetime = Field(description="end of the cooling time; withdrawals before are refused")
-    retired_at: datetime | None
-
-    @classmethod
-    def of(cls, entry: address_book.PayoutAddress) -> Self:
-        return cls(
-            id=entry.id,
-            chain=entry.chain,
-            address=entry.address,
-            created_at=entry.created_at,
-            usable_at=entry.usable_at,
-            retired_at=entry.retired_at,
-        )
 
 
 class PayoutAddresses(BaseModel):
@@ -109,7 +104,7 @@ class NewWithdrawal(BaseModel):
 
     chain: Chain
     address: AddressText = Field(description="an address of your address book, past its cooling time")
-    amount: Annotated[str, Field(min_length=1, max_length=24, examples=["25.00", "all"])] = Field(
+    amount: AmountText = Field(
         description='decimal USDC with at most 6 decimals, or "all": everything matured'
     )
 
@@ -127,7 +122,7 @@ class WithdrawalBody(BaseModel):
     changed_at: datetime
     batch_id: UUID | None
     tx: str | None = Field(description="the transaction that paid it, once final")
-    refusal: str | None = Field(description="why it failed")
+    refusal: str | None = Field(description="why it failed; while it is requested, what it waits for")
 
     @classmethod
     def of(cls, made: withdrawals.Withdrawal, tx: str | None = None) -> Self:
@@ -146,11 +141,10 @@ class WithdrawalBody(BaseModel):
         )
 
 
-class Withdrawals(BaseModel):
+class Withdrawals(Page):
     """A page of withdrawals, newest first."""
 
     data: list[WithdrawalBody]
-    has_more: bool = Field(description="ask again with `before` = the last id")
 
 
 @router.get("/earnings", responses=errors(), tags=["operators"])
@@ -172,7 +166,7 @@ async def list_payout_addresses(services: ServicesDep, identity: AccountIdentity
     """Your address book, retired entries included."""
     async with work(services) as conn:
         entries = await address_book.listing(conn, identity.person_id)
-    return PayoutAddresses(data=[PayoutAddressBody.of(entry) for entry in entries])
+    return PayoutAddresses(data=[PayoutAddressBody.model_validate(entry) for entry in entries])
 
 
 @router.post(
@@ -200,7 +194,7 @@ async def add_payout_address(
             now=services.clock.now(),
         )
     response.status_code = 201 if is_new else 200
-    return PayoutAddressBody.of(entry)
+    return PayoutAddressBody.model_validate(entry)
 
 
 @router.delete(
@@ -221,12 +215,12 @@ async def retire_payout_address(services: ServicesDep, identity: AccountIdentity
 async def list_withdrawals(
     services: ServicesDep,
     identity: AccountIdentity,
-    before: Annotated[UUID | None, Query(description="only those older than this one")] = None,
-    limit: Annotated[int, Query(ge=1, le=withdrawals.PAGE_MAX)] = 50,
+    before: Before = None,
+    limit: Limit = 50,
 ) -> Withdrawals:
     """Your withdrawals, newest first."""
     async with work(services) as conn:
-        found = await withdrawals.listing(conn, identity.person_id, before=before, limit=limit)
+        found = await withdrawals.listing(conn, person=identity.person_id, before=before, limit=limit)
         paid = await batches.final_transactions(conn, {w.batch_id for w in found if w.batch_id is not None})
     data = [WithdrawalBody.of(w, paid.get(w.batch_id) if w.batch_id else None) for w in found]
     return Withdrawals(data=data, has_more=len(found) == limit)
@@ -235,11 +229,7 @@ async def list_withdrawals(
 @router.post(
     "/withdrawals",
     status_code=201,
-    responses=errors(
-        s400="not an amount or address",
-        s409="the Idempotency-Key was used with other inputs",
-        s422="a rule is not met; the code names it and the message says how to meet it",
-    ),
+    responses=asked("not an amount or address"),
     tags=["operators"],
 )
 async def request_withdrawal(
@@ -247,12 +237,7 @@ async def request_withdrawal(
     identity: AccountIdentity,
     body: NewWithdrawal,
     response: Response,
-    idempotency_key: Annotated[
-        str,
-        Header(
-            min_length=1, max_length=withdrawals.KEY_CHARACTERS_MAX, description="your own, once per request"
-        ),
-    ],
+    idempotency_key: IdempotencyKey,
 ) -> WithdrawalBody:
     """Request a payout.  The same Idempotency-Key gives the same withdrawal (200)."""
     amount = parse_amount(body.amount)
@@ -299,6 +284,18 @@ async def cancel_withdrawal(
 
 
 # ── admins ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class CaseBody(WithdrawalBody):
+    """Somebody's withdrawal."""
+
+    person_id: UUID
+
+
+class Cases(Page):
+    """A page of withdrawals of everybody, newest first."""
+
+    data: list[CaseBody]
 
 
 class PlanBody(BaseModel):
@@ -404,11 +401,10 @@ class BatchDetail(BatchBody):
     broadcasts: list[BroadcastBody]
 
 
-class Batches(BaseModel):
+class Batches(Page):
     """A page of batches, newest first."""
 
     data: list[BatchBody]
-    has_more: bool
 
 
 class ApprovalBody(BaseModel):
@@ -427,43 +423,50 @@ class ApprovalBody(BaseModel):
     ] = Field(description="hex, by message label")
 
 
-class KycBody(BaseModel):
+class KycBody(Decision):
     """What an admin found when he looked at somebody's papers himself."""
 
-    model_config = ConfigDict(extra="forbid")
-
     tier: Annotated[str, Field(pattern=r"^[a-z_]{1,30}$")] = kyc.IDENTITY
-    reason: Reason
 
 
-class StandingBody(BaseModel):
+class StandingBody(Decision):
     """A decision about an operator's standing."""
 
-    model_config = ConfigDict(extra="forbid")
-
     is_good: bool
-    reason: Reason
-
-
-class HaltBody(BaseModel):
-    """Why payouts stop, or run again."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    reason: Reason
 
 
 Rail = Literal["payouts", "ethereum", "base", "solana"]
+
+
+@router.get("/admin/withdrawals", responses=errors(), tags=["settlement"])
+async def list_cases(
+    services: ServicesDep,
+    identity: AdminIdentity,
+    status: withdrawals.Status = withdrawals.Status.FAILED,
+    before: Before = None,
+    limit: Limit = 50,
+) -> Cases:
+    """Everybody's withdrawals in one state, newest first: `failed` are the ones left out, and why.
+
+    Of those `requested`, a `refusal` says what keeps one out of the next batch.
+    """
+    del identity
+    async with work(services) as conn:
+        found = await withdrawals.listing(conn, status=status, before=before, limit=limit)
+        paid = await batches.final_transactions(conn, {w.batch_id for w in found if w.batch_id is not None})
+    shown = [(w, WithdrawalBody.of(w, paid.get(w.batch_id) if w.batch_id else None)) for w in found]
+    data = [CaseBody(**body.model_dump(), person_id=w.person_id) for w, body in shown]
+    return Cases(data=data, has_more=len(found) == limit)
 
 
 @router.post("/batches/plan", status_code=202, responses=errors(), tags=["settlement"])
 async def ask_for_plan(services: ServicesDep, identity: AdminIdentity, body: PlanBody) -> PlanRequestBody:
     """Ask the settler to plan a batch; it answers within seconds (GET /api/batches/plans/{id})."""
     async with work(services) as conn:
-        asked = await plan_requests.ask(
+        made = await plan_requests.ask(
             conn, chain=body.chain, asked_by=actor_of(identity), now=services.clock.now()
         )
-    return PlanRequestBody.of(asked)
+    return PlanRequestBody.of(made)
 
 
 @router.get("/batches/plans/{plan_id}", responses=errors(s404="no such request"), tags=["settlement"])
@@ -479,8 +482,8 @@ async def list_batches(
     services: ServicesDep,
     identity: AdminIdentity,
     chain: Chain | None = None,
-    before: Annotated[UUID | None, Query(description="only those older than this one")] = None,
-    limit: Annotated[int, Query(ge=1, le=batches.PAGE_MAX)] = 50,
+    before: Before = None,
+    limit: Limit = 50,
 ) -> Batches:
     """Batches, newest first."""
     del identity
@@ -603,7 +606,7 @@ async def decide_standing(
 
 
 @router.post("/payout-halts/{rail}", status_code=204, responses=errors(), tags=["settlement"])
-async def halt_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rail, body: HaltBody) -> None:
+async def halt_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rail, body: Decision) -> None:
     """Stop payouts on a chain, or on all (`payouts`): no planning, signing or sending."""
     async with work(services) as conn:
         await halts.halt(
@@ -614,7 +617,7 @@ async def halt_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rai
 @router.post(
     "/payout-halts/{rail}/lift", status_code=204, responses=errors(s404="not halted"), tags=["settlement"]
 )
-async def lift_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rail, body: HaltBody) -> None:
+async def lift_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rail, body: Decision) -> None:
     """Let payouts run again."""
     async with work(services) as conn:
         await halts.lift(

@@ -28,8 +28,8 @@ from marketplace.ledger.money import Nano, from_micro, to_micro
 from marketplace.platform.ids import uuid7
 from marketplace.platform.settings import Settings
 from marketplace.settlement import address_book, kyc, people
-from marketplace.settlement.earnings import Reserve, lock_earnings
-from marketplace.settlement.eligibility import BrokenRule, Case, broken_rules, kyc_rule
+from marketplace.settlement.earnings import Earnings, Reserve, lock_earnings
+from marketplace.settlement.eligibility import Case, broken_rules, kyc_rule
 from marketplace.settlement.errors import KeyReused, NotEligible, NotFound, WrongState
 from marketplace.settlement.tables import bank_withdrawals, withdrawals
 
@@ -101,25 +101,22 @@ async def request(
         raise KeyReused(
             f"an idempotency key has 1 to {KEY_CHARACTERS_MAX} characters", code="bad_idempotency_key"
         )
-    inputs = _input_hash(chain, address, amount)
+    inputs = input_hash(chain.value, address, amount)
     if (made := await _by_key(conn, person, key, inputs)) is not None:
         return made, False
     earned = await lock_earnings(conn, person, now=now, reserve=limits.reserve)
     if (made := await _by_key(conn, person, key, inputs)) is not None:  # made while we waited for the lock
         return made, False
-    wanted = amount if amount is not None else Micro(to_micro(earned.matured)[0])
-    case = await _case(
+    entry = await address_book.find_in_use(conn, person, chain, address)
+    wanted = await decide(
         conn,
         person=person,
-        chain=chain,
-        address=address,
-        amount=wanted,
-        matured=earned.matured,
+        amount=amount,
+        earned=earned,
+        usable_at=None if entry is None else entry.usable_at,
         limits=limits,
         now=now,
     )
-    if broken := broken_rules(case):
-        raise not_eligible(broken)
     identity = uuid7()
     account = ledger_accounts.operator_earnings(str(person))
     held = await hold(conn, account, from_micro(wanted.n), reason=f"withdrawal {identity}")
@@ -141,10 +138,38 @@ async def request(
     return Withdrawal(identity, person, chain, address, wanted, Status.REQUESTED, now, now, None, None), True
 
 
-def not_eligible(broken: tuple[BrokenRule, ...]) -> NotEligible:
-    """Say every broken rule and its remedy; the code is the first rule's name."""
-    text = "; ".join(f"{rule.message} ({rule.remedy})" for rule in broken)
-    return NotEligible(text, code=broken[0].rule)
+async def decide(
+    conn: AsyncConnection,
+    *,
+    person: UUID,
+    amount: Micro | None,
+    earned: Earnings,
+    usable_at: datetime | None,
+    limits: Limits,
+    now: datetime,
+) -> Micro:
+    """Give what may be withdrawn: `amount`, or everything matured; the same rules on chain and at a bank.
+
+    `usable_at` is None where the address book has no such address; the earnings are locked.  NotEligible
+    says every broken rule and its remedy; its code is the first rule's name.
+    """
+    wanted = amount if amount is not None else Micro(to_micro(earned.matured)[0])
+    tier = await kyc.tier_of(conn, person)
+    case = Case(
+        amount=from_micro(wanted.n),
+        matured=earned.matured,
+        withdrawn_before=await withdrawn_before(conn, person),
+        bad_standing=(await people.bad_standings(conn, [person])).get(person),
+        address_usable_at=usable_at,
+        now=now,
+        minimum=limits.minimum,
+        withdrawal_max=tier.withdrawal_max,
+        total_max=tier.total_max,
+    )
+    if broken := broken_rules(case):
+        told = "; ".join(f"{rule.message} ({rule.remedy})" for rule in broken)
+        raise NotEligible(told, code=broken[0].rule)
+    return wanted
 
 
 async def cancel(conn: AsyncConnection, *, person: UUID, withdrawal_id: UUID, now: datetime) -> Withdrawal:
@@ -178,43 +203,23 @@ async def find(conn: AsyncConnection, *, person: UUID, withdrawal_id: UUID) -> W
 
 
 async def listing(
-    conn: AsyncConnection, person: UUID, *, before: UUID | None = None, limit: int = PAGE_MAX
+    conn: AsyncConnection,
+    *,
+    person: UUID | None = None,
+    status: Status | None = None,
+    before: UUID | None = None,
+    limit: int = PAGE_MAX,
 ) -> list[Withdrawal]:
-    """A person's withdrawals, newest first, those older than `before`."""
+    """Withdrawals, newest first, those older than `before`: a person's, or (for admins) everybody's."""
     t = withdrawals.c
-    statement = (
-        select(withdrawals).where(t.person_id == person).order_by(t.id.desc()).limit(min(limit, PAGE_MAX))
-    )
+    statement = select(withdrawals).order_by(t.id.desc()).limit(min(limit, PAGE_MAX))
+    if person is not None:
+        statement = statement.where(t.person_id == person)
+    if status is not None:
+        statement = statement.where(t.status == status.value)
     if before is not None:
         statement = statement.where(t.id < before)
     return [_withdrawal(row) for row in await conn.execute(statement)]
-
-
-async def _case(
-    conn: AsyncConnection,
-    *,
-    person: UUID,
-    chain: Chain,
-    address: str,
-    amount: Micro,
-    matured: Nano,
-    limits: Limits,
-    now: datetime,
-) -> Case:
-    entry = await address_book.find_in_use(conn, person, chain, address)
-    tier = await kyc.tier_of(conn, person)
-    return Case(
-        amount=from_micro(amount.n),
-        matured=matured,
-        withdrawn_before=await withdrawn_before(conn, person),
-        bad_standing=(await people.bad_standings(conn, [person])).get(person),
-        is_address_known=entry is not None,
-        address_usable_at=None if entry is None else entry.usable_at,
-        now=now,
-        minimum=limits.minimum,
-        withdrawal_max=tier.withdrawal_max,
-        total_max=tier.total_max,
-    )
 
 
 async def withdrawn_before(conn: AsyncConnection, person: UUID) -> Nano:
@@ -276,9 +281,10 @@ async def _by_key(conn: AsyncConnection, person: UUID, key: str, inputs: bytes) 
     return _withdrawal(row)
 
 
-def _input_hash(chain: Chain, address: str, amount: Micro | None) -> bytes:
-    inputs = [chain.value, address, "all" if amount is None else amount.n]
-    return hashlib.sha256(json.dumps(inputs, separators=(",", ":")).encode()).digest()
+def input_hash(*inputs: str | Micro | None) -> bytes:
+    """What an idempotency key was used with; an amount of None is everything."""
+    plain = [one if isinstance(one, str) else "all" if one is None else one.n for one in inputs]
+    return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).digest()
 
 
 def _withdrawal(r: Row[Any]) -> Withdrawal:

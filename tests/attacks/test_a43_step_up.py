@@ -56,6 +56,10 @@ class Site:
         answer = await self.post("/payout-addresses", {"chain": "base", "address": address}, token)
         return answer.status_code, answer.json().get("error", {}).get("code")
 
+    async def add_bank(self, token: str, iban: str) -> int:
+        account = {"holder": "Ada", "iban": iban}
+        return (await self.post("/bank-accounts", account, token)).status_code
+
     async def signed(self, wallet: Any, path: str, token: str | None = None) -> dict[str, str]:
         asked = {"chain": "base", "address": wallet.address}
         message = (await self.post(path, asked, token)).json()["message"]
@@ -99,8 +103,10 @@ async def registered(site: Site) -> str:
 async def test_a43_an_old_session_proves_itself_before_it_adds_an_address(site: Site) -> None:
     token = await registered(site)
     assert await site.add(token) == (201, None), "signing in is a proof"
+    assert await site.add_bank(token, "GB82WEST12345698765432") == 201
     site.clock.ahead = timedelta(seconds=301)
     assert await site.add(token, "0x" + "6" * 40) == (403, "step_up_required")
+    assert await site.add_bank(token, "DE89370400440532013000") == 403
     wrong = await site.post("/auth/step-up", {"password": "wrong password!"}, token)
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "wrong_credentials")
     assert await site.add(token, "0x" + "6" * 40) == (403, "step_up_required")
@@ -111,7 +117,7 @@ async def test_a43_an_old_session_proves_itself_before_it_adds_an_address(site: 
             text("SELECT d.target FROM notices n JOIN notice_deliveries d ON d.notice_id = n.id"
                  " WHERE n.kind = 'payout_address_added'")
         )  # fmt: skip
-        assert list(told.scalars()) == ["ada@example.org"] * 2, "the contact of before"
+        assert list(told.scalars()) == ["ada@example.org"] * 3, "the contact of before"
 
 
 async def test_a43_a_key_adds_no_address_and_cannot_step_up(site: Site) -> None:

@@ -216,6 +216,60 @@ async def test_a_withdrawal_needs_a_key_and_a_caller(office: Office) -> None:
     assert (await office.call("POST", "/withdrawals", None, new, "k")).status_code == 401
 
 
+async def test_a_bank_withdrawal_from_account_to_reference(office: Office) -> None:
+    """Over HTTP, by an operator and two admins."""
+    ann, admin, second = await office.desk.operator(50), office.admin, office.second_admin
+    new = {"holder": "Ann", "iban": "GB82 WEST 1234 5698 7654 32"}
+    mistyped = await office.call("POST", "/bank-accounts", ann, {**new, "iban": "GB82WEST12345698765433"})
+    assert (mistyped.status_code, mistyped.json()["error"]["code"]) == (400, "bad_iban")
+    account = (await office.call("POST", "/bank-accounts", ann, new)).json()
+    wanted = {"account_id": account["id"], "amount": "20"}
+    cooling = await office.call("POST", "/bank-withdrawals", ann, wanted, "k")
+    assert (cooling.status_code, cooling.json()["error"]["code"]) == (422, "address_cooling")
+    office.desk.clock.pass_s(3600)
+    made = await office.call("POST", "/bank-withdrawals", ann, wanted, "k")
+    again = await office.call("POST", "/bank-withdrawals", ann, wanted, "k")
+    assert (made.status_code, again.status_code, again.json()) == (201, 200, made.json())
+    other = await office.call("POST", "/bank-withdrawals", ann, {**wanted, "amount": "21"}, "k")
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    waits = f"/admin/bank-withdrawals/{made.json()['id']}"
+    calls: list[tuple[UUID, str, dict[str, str], int, str | None]] = [
+        (ann, "approve", {"reason": "myself"}, 403, "missing_scope"),
+        (admin, "paid", {"reference": "B-1"}, 409, "wrong_state"),
+        (admin, "approve", {"reason": "known"}, 200, None),
+        (admin, "paid", {"reference": "B-1"}, 409, "approver_may_not_pay"),
+        (second, "paid", {"reference": "B-1"}, 409, "bank_short"),
+        (second, "refuse", {"reason": "the bank knows no such account"}, 200, None),
+    ]
+    for person, act, body, status, code in calls:
+        answer = await office.call("POST", f"{waits}/{act}", person, body)
+        assert (answer.status_code, answer.json().get("error", {}).get("code")) == (status, code), act
+    (listed,) = (await office.call("GET", "/bank-withdrawals", ann)).json()["data"]
+    assert (listed["status"], listed["reason"]) == ("refused", "the bank knows no such account")
+    assert (await office.call("GET", "/admin/bank-withdrawals", admin)).json()["data"] == []
+    assert (await office.call("DELETE", f"/bank-withdrawals/{listed['id']}", ann)).status_code == 409
+    assert (await office.call("DELETE", f"/bank-accounts/{account['id']}", ann)).status_code == 204
+    (retired,) = (await office.call("GET", "/bank-accounts", ann)).json()["data"]
+    assert retired["retired_at"] is not None
+
+
+async def test_admins_see_who_was_left_out_and_what_waits(office: Office) -> None:
+    desk = office.desk
+    ann, ben = await desk.operator(20), await desk.operator(30)
+    left_out, waits = await desk.request(ann, 20), await desk.request(ben, 30)
+    desk.rail.blocked.add(desk.address_of(ann))
+    await office.call("POST", f"/standing/{ben}", office.admin, {"is_good": False, "reason": "canary"})
+    await office.call("POST", "/batches/plan", office.admin, {"chain": "base"})
+    await desk.settler().tick()
+    (case,) = (await office.call("GET", "/admin/withdrawals", office.admin)).json()["data"]
+    assert (case["id"], case["person_id"], case["refusal"]) == (str(left_out.id), str(ann), "blocked")
+    (case,) = (await office.call("GET", "/admin/withdrawals?status=requested", office.admin)).json()["data"]
+    assert (case["id"], case["refusal"]) == (str(waits.id), "this account is not in good standing: canary")
+    shown = (await office.call("GET", f"/withdrawals/{waits.id}", ben)).json()
+    assert shown["refusal"] == case["refusal"]
+    assert (await office.call("GET", "/admin/withdrawals", ann)).status_code == 403
+
+
 async def test_only_admins_plan_and_decide(office: Office) -> None:
     ann = await office.desk.operator(50)
     calls = [

@@ -23,7 +23,6 @@ GOOD = Case(
     matured=usd(20_00),
     withdrawn_before=Nano(0),
     bad_standing=None,
-    is_address_known=True,
     address_usable_at=NOW,
     now=NOW,
     minimum=usd(10_00),
@@ -46,7 +45,7 @@ def rules(case: Case) -> list[str]:
         (replace(GOOD, amount=Nano(0), matured=Nano(0)), ["minimum"]),
         (replace(GOOD, amount=Nano(usd(20_00).n + MICRO)), ["earnings"]),
         (replace(GOOD, bad_standing="over-reporting"), ["standing"]),
-        (replace(GOOD, is_address_known=False, address_usable_at=None), ["address_unknown"]),
+        (replace(GOOD, address_usable_at=None), ["address_unknown"]),
         (replace(GOOD, address_usable_at=NOW + timedelta(microseconds=1)), ["address_cooling"]),
         (replace(RICH, amount=usd(500_00)), []),  # exactly $500.00 needs none
         (replace(RICH, amount=Nano(usd(500_00).n + MICRO)), ["kyc_withdrawal"]),
@@ -55,7 +54,7 @@ def rules(case: Case) -> list[str]:
         (replace(RICH, amount=usd(100_00), withdrawn_before=Nano(usd(400_00).n + MICRO)), ["kyc_cumulative"]),
         (replace(RICH, amount=usd(100_00), withdrawn_before=usd(9_000_00), total_max=None), []),
         (
-            replace(GOOD, amount=usd(5_00), matured=usd(1_00), bad_standing="x", is_address_known=False),
+            replace(GOOD, amount=usd(5_00), matured=usd(1_00), bad_standing="x", address_usable_at=None),
             ["minimum", "standing", "address_unknown", "earnings"],
         ),
     ],
@@ -67,7 +66,7 @@ def test_rules(case: Case, expected: list[str]) -> None:
 def test_every_refusal_says_what_would_help() -> None:
     worst = replace(
         GOOD, amount=usd(5_00), matured=Nano(0), bad_standing="x", withdrawn_before=usd(500_00),
-        is_address_known=False, address_usable_at=None,
+        address_usable_at=None,
     )  # fmt: skip
     broken = broken_rules(worst)
     assert len(broken) == 5
