@@ -52,6 +52,8 @@ POOL_SEED, GAS_SEED = bytes(range(32)), bytes([9]) * 32
 ETHER = 10**18
 QUICK = Pace(poll_s=0.1, fault_wait_s=0.2, standby_poll_s=0.2)
 CLOCK = SystemClock()
+FUNDED_BELOW = 20
+"""Blocks above the funding, so that no reorg of a test reaches it."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ async def _start(network: Chain, folder: Path) -> EvmNode:
         await localnet.fund(
             rpc, EVM_NETWORKS[network], localnet.address_of(WALLET), usdc=Micro(1_000_000_000)
         )
-        await localnet.mine(rpc, settings.finality_lag_blocks + 1)  # no reorg of a test reaches the funding
+        await localnet.mine(rpc, FUNDED_BELOW)
     return EvmNode(node, deployment)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def evm_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Chain, EvmNode]]:
     started: dict[Chain, EvmNode] = {}
     try:
@@ -127,6 +129,17 @@ class Town:
         async with asyncio.timeout(seconds):
             while not await condition():
                 await asyncio.sleep(0.05)
+
+    async def until_credited(self, micro: int) -> None:
+        """Wait for this balance, with blocks on EVM as fast as they are read."""
+        is_there = self.has_credit(micro)
+
+        async def mine_until_there() -> bool:
+            for rpc in self.evm.values():
+                await localnet.mine(rpc, 1)
+            return await is_there()
+
+        await self.until(mine_until_there)
 
     async def pay(self, chain: Chain, to: str, micro: int) -> str:
         return await localnet.pay_usdc(self.evm[chain], EVM_NETWORKS[chain], WALLET, to, Micro(micro))
@@ -257,7 +270,7 @@ async def test_from_wallet_to_balance_to_escrow_on_three_chains(town: Town) -> N
         # EVM: 7 on Ethereum; 2 and 4 on Base, where the first waits for the second.
         await town.pay(Chain.ETHEREUM, at["ethereum"], 7_000_000)
         await town.pay(Chain.BASE, at["base"], 2_000_000)
-        await town.until(town.has_credit(7_000_000))
+        await town.until_credited(7_000_000)
         waiting = await town.pay(Chain.BASE, at["base"], 4_000_000)
         # Solana: an exchange pays the pool address, a wallet follows a payment link.
         wallet = SolanaWallet(town.solana)
@@ -267,7 +280,7 @@ async def test_from_wallet_to_balance_to_escrow_on_three_chains(town: Town) -> N
         drawn = await town.api.get(link["qr"])
         assert drawn.content == qr_svg(link["url"])
         await wallet.pay_link(link["url"])
-        await town.until(town.has_credit(7_000_000 + 6_000_000 + 11_000_000 + 13_500_000))
+        await town.until_credited(7_000_000 + 6_000_000 + 11_000_000 + 13_500_000)
         assert await town.status(waiting) == "final"
         await town.books_hold(*everywhere)
 
@@ -283,6 +296,8 @@ async def test_from_wallet_to_balance_to_escrow_on_three_chains(town: Town) -> N
             assert await sweeper.tick() is None  # one at a time
 
         async def both_swept() -> bool:
+            for rpc in town.evm.values():
+                await localnet.mine(rpc, 1)
             async with transaction(town.engine) as conn:
                 return await conn.scalar(select(func.count()).select_from(sweeps)) == 2
 
@@ -316,7 +331,7 @@ async def test_a_reorg_on_anvil_orphans_what_was_only_seen(town: Town) -> None:
         await town.until(is_orphaned)
         await localnet.mine(rpc, SETTINGS.ethereum.finality_lag_blocks)
         again = await town.pay(Chain.ETHEREUM, address, 6_000_000)
-        await town.until(town.has_credit(6_000_000))
+        await town.until_credited(6_000_000)
         assert await town.status(again) == "final"
         await town.books_hold(Chain.ETHEREUM)
 
@@ -326,7 +341,7 @@ async def test_a_reorg_below_finality_halts_the_chain(town: Town) -> None:
         address = (await town.addresses())["base"]
         rpc = town.evm[Chain.BASE]
         await town.pay(Chain.BASE, address, 9_000_000)
-        await town.until(town.has_credit(9_000_000))
+        await town.until_credited(9_000_000)
         await rpc.call("anvil_reorg", SETTINGS.base.finality_lag_blocks + 3, [], shape=msgspec.Raw)
         await localnet.mine(rpc, 8)
 

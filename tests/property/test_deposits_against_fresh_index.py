@@ -98,6 +98,17 @@ class Depositing(RuleBasedStateMachine):
         transfers = [transfer for block in read for transfer in block.inbound]
         self.confirm(transfers, self.window.final.height)
 
+    @rule(depth=st.integers(1, 4), limit=st.integers(1, 9))
+    def seen_lost_and_final_elsewhere_at_once(self, depth: int, limit: int) -> None:
+        """Two reads with a fork between them, the second of what is final by then."""
+        self.mine(paid=[1], again=0, skip=0)
+        self.read_head(limit=9)
+        self.fork_above_final(depth=depth, grown=0, again=0)
+        for _ in range(depth + 1):
+            self.mine(paid=[], again=1, skip=0)
+        self.finalize_node(behind=0)
+        self.read_final(limit=limit)
+
     @rule(start=st.integers(0, 30), length=st.integers(0, 9))
     def read_any_range_again(self, start: int, length: int) -> None:
         """A repetition: what is on record of those blocks does not change."""
