@@ -59,7 +59,14 @@ _RETRY_S: Final = 0.1
 _REFUSED_CLASSES: Final = ("22", "23", "54")
 """SQLSTATE classes that are the row's own fault: bad data, constraint, program limit."""
 
-_FAULTS: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, SQLAlchemyError, LedgerUnavailable)
+_FAULTS: Final = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what a statement meets after a dying server's last word
+    SQLAlchemyError,
+    LedgerUnavailable,
+)
 
 
 class Poster:

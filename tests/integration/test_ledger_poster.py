@@ -60,6 +60,7 @@ class CuttingProxy:
         self._folder = Path(tempfile.mkdtemp(prefix="ledger-proxy-"))
         self._armed: tuple[bytes, bool] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
+        self._clients: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self.cuts = 0
 
@@ -91,6 +92,11 @@ class CuttingProxy:
         """Cut where the client next sends these bytes."""
         self._armed = message, reaches_the_server
 
+    def say(self, message: bytes) -> None:
+        """Say this to every client, as a server may at any moment."""
+        for writer in self._clients:
+            writer.write(message)
+
     async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         url = self._target
         if url.host:
@@ -99,12 +105,14 @@ class CuttingProxy:
             path = f"{url.query['host']}/.s.PGSQL.{url.query.get('port', url.port or 5432)}"
             server, to_server = await asyncio.open_unix_connection(path)
         self._writers |= {to_client, to_server}
+        self._clients.add(to_client)
         try:
             await asyncio.gather(
                 self._pump(client, to_server, to_client), self._pump(server, to_client, None)
             )
         finally:
             self._writers -= {to_client, to_server}
+            self._clients.discard(to_client)
 
     async def _pump(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, back: asyncio.StreamWriter | None
@@ -359,6 +367,29 @@ async def test_a_connection_lost_in_the_commit_posts_exactly_once(
             await engine.dispose()
     assert (await balance_of(ledger_engine, accounts.buyer("ann"))).posted.n == DOLLAR - rows * 1_000 - 1
     assert (await balance_of(ledger_engine, accounts.buyer("ann"))).held.n == 0
+    assert await everything_holds(ledger_engine)
+
+
+def last_word() -> bytes:
+    """What a server's process says when its postmaster was killed, before it closes the connection."""
+    fields = b"SFATAL\0VFATAL\0C57P02\0Mterminating connection due to unexpected postmaster exit\0\0"
+    return b"E" + (len(fields) + 4).to_bytes(4, "big") + fields
+
+
+async def test_a_batch_sent_after_a_dying_servers_last_word_is_posted(ledger_engine, database_url):
+    buyer, operator = await a_buyer(ledger_engine, balance=DOLLAR), await an_operator(ledger_engine)
+    async with CuttingProxy(database_url) as proxy:
+        engine = connect(proxy.url)
+        try:
+            async with serving(engine, patience_s=20) as (_, poster):
+                assert await poster.post(a_charge(buyer, operator, 1)) is True
+                proxy.say(last_word())
+                await asyncio.sleep(0.05)  # it is read; the connection stays open a moment longer
+                assert await poster.post(a_charge(buyer, operator, 10)) is True
+                assert poster.is_ready
+        finally:
+            await engine.dispose()
+    assert (await balance_of(ledger_engine, accounts.buyer("ann"))).posted.n == DOLLAR - 11
     assert await everything_holds(ledger_engine)
 
 
