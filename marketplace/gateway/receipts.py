@@ -1,8 +1,8 @@
 """Receipts (B1): what the marketplace states of each served request, and its signature.
 
 A statement is made of the charge and the hashes noted beside it (`receipts_writer`); both are append-only,
-so it can be written again at any time, to the same bytes.  `receipts_sealer` gathers statements in pages
-and has them signed; this module knows how one is written, signed and shown.
+so it can be written again for as long as the hashes are kept, to the same bytes.  `receipts_sealer` gathers
+statements in pages and has them signed; this module knows how one is written, signed and shown.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from node_agent.protocol import Statement
 
 VERSION: Final = 1
 HASH_BYTES: Final = 32
+HASHES_KEPT_DAYS: Final = 400
+"""As long as a receipt can be asked for; the migrations' `forget_receipts` forgets nothing younger."""
 _SEED_PURPOSE: Final = b"tollway receipt signing key v1"
 
 

@@ -5,7 +5,7 @@ No credential: a receipt names neither buyer nor content, and its id is 74 rando
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +16,14 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.fabric.node_ids import node_id_of
-from marketplace.gateway.receipts import Stated, key_id, signer_of, split_leaves, statement_of
+from marketplace.gateway.receipts import (
+    HASHES_KEPT_DAYS,
+    Stated,
+    key_id,
+    signer_of,
+    split_leaves,
+    statement_of,
+)
 from marketplace.platform.http import Refusal, RefusalOut, ServicesDep
 from node_agent import protocol
 
@@ -27,6 +34,7 @@ _PAGES = text("""
     WHERE node = :node AND lane = :lane AND last_batch >= :batch AND first_batch <= :batch
     ORDER BY last_batch LIMIT 64""")
 _NODE_KEY = text("SELECT public_key FROM nodes WHERE id = :node")
+_IS_ARCHIVED = text("SELECT EXISTS (SELECT FROM archived_months WHERE :id < upper_id)")
 _KEYS = text("SELECT public_key, first_used FROM receipt_keys ORDER BY first_used")
 
 
@@ -88,14 +96,27 @@ async def keys(services: ServicesDep) -> KeysOut:
     )
 
 
-@router.get("/api/receipts/{request_id}", responses={404: {"model": RefusalOut}})
+@router.get("/api/receipts/{request_id}", responses={404: {"model": RefusalOut}, 410: {"model": RefusalOut}})
 async def receipt(request_id: UUID, services: ServicesDep) -> ReceiptOut:
-    """The receipt of a served request: who can prove what, without asking us again."""
+    """The receipt of a served request: who can prove what, without asking us again.  Kept for 400 days."""
     async with services.engine.connect() as connection:
         stated = await statement_of(connection, request_id)
         if stated is None:
+            if await connection.scalar(_IS_ARCHIVED, {"id": request_id}):
+                raise _expired()
             raise Refusal(404, "receipt_not_found", "no request of this id was served")
-        return await _signed(connection, stated)
+        found = await _signed(connection, stated)
+    if found.page is None and not stated.is_hashed and _is_old(request_id, services.clock.now()):
+        raise _expired()
+    return found
+
+
+def _is_old(request_id: UUID, now: datetime) -> bool:
+    return (request_id.int >> 80) / 1000 < (now - timedelta(days=HASHES_KEPT_DAYS)).timestamp()
+
+
+def _expired() -> Refusal:
+    return Refusal(410, "receipt_expired", "too old to be written again; a copy you kept still proves itself")
 
 
 async def _signed(connection: AsyncConnection, stated: Stated) -> ReceiptOut:

@@ -47,6 +47,8 @@ OFFER_AGAIN_S: Final = 60
 OFFERED_HOURS: Final = 24
 OFFERS_MAX: Final = 32
 DRIFT_KEPT_DAYS: Final = 30
+FORGOTTEN_MAX: Final = 1_000
+"""Old hashes forgotten at a time, so that nobody waits for it."""
 
 RECEIPTS: Final = Counter("tollway_receipts_total", "Receipts signed by the marketplace")
 DISPUTED: Final = Counter("tollway_receipts_disputed_total", "Receipts a node did not agree with")
@@ -89,6 +91,7 @@ _COUNTERSIGNED: Final = text("""
 _OLD_DRIFT: Final = text("""
     DELETE FROM metering_drift WHERE id IN (
         SELECT id FROM metering_drift WHERE at < now() - :days * INTERVAL '1 day' LIMIT 1000)""")
+_FORGET: Final = text("SELECT forget_receipts(:most)")
 
 Offer = tuple[Page, Sequence[bytes]]
 
@@ -242,6 +245,12 @@ async def drop_old_drift(engine: AsyncEngine) -> int:
     """Forget drifts older than a month, at most a thousand; how many there were."""
     async with transaction(engine) as connection:
         return (await connection.execute(_OLD_DRIFT, {"days": DRIFT_KEPT_DAYS})).rowcount
+
+
+async def forget_old_hashes(engine: AsyncEngine) -> int:
+    """Forget hashes older than `HASHES_KEPT_DAYS` whose pages are signed, some of them; how many."""
+    async with transaction(engine) as connection:
+        return int((await connection.execute(_FORGET, {"most": FORGOTTEN_MAX})).scalar_one())
 
 
 def _row(page: Page) -> dict[str, Any]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import secrets
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import nkeys
 import pytest
 from gateway_parts import (
@@ -27,9 +30,12 @@ from gateway_parts import (
     whole,
 )
 from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 
-from marketplace.gateway.receipts import ReceiptSigner, signer_of, statement_of
-from marketplace.gateway.receipts_sealer import Sealer
+from marketplace.gateway import receipts_routes
+from marketplace.gateway.receipts import HASHES_KEPT_DAYS, ReceiptSigner, signer_of, statement_of
+from marketplace.gateway.receipts_commands import check
+from marketplace.gateway.receipts_sealer import Sealer, forget_old_hashes
 from marketplace.ledger.money import cost, split
 from marketplace.platform.embedded_nats import EmbeddedNats
 from node_agent import protocol
@@ -241,3 +247,78 @@ async def test_another_key_may_sign_and_the_old_one_stays_known(gateway: Running
     async with gateway.owner.connect() as connection:
         known = set((await connection.execute(text("SELECT public_key FROM receipt_keys"))).scalars())
     assert known == {signer.public_key for signer in signers}
+
+
+def _id_of(days: int) -> UUID:
+    """An id of a request so many days ago."""
+    at = datetime.now(UTC) - timedelta(days=days)
+    return UUID(int=int(at.timestamp() * 1000) << 80 | secrets.randbits(62))
+
+
+async def _note(gateway: RunningGateway, *ids: UUID) -> None:
+    """Hashes of long ago."""
+    row = text("INSERT INTO receipts VALUES (:id, :zeros, :zeros, 0)")
+    async with gateway.owner.begin() as connection:
+        await connection.execute(row, [{"id": each, "zeros": bytes(32)} for each in ids])
+
+
+async def _kept(gateway: RunningGateway) -> set[UUID]:
+    async with gateway.owner.connect() as connection:
+        return set((await connection.execute(text("SELECT id FROM receipts"))).scalars())
+
+
+async def test_old_hashes_are_forgotten_and_what_they_proved_still_holds(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    countersigner = Countersigner()
+    await _enrol(gateway, await gateway.add_node(whole(said("abc", finish="stop"))), countersigner)
+    receipt_id = (await gateway.chat(HELLO)).json()["usage"]["receipt_id"]
+    await _sealer(gateway, countersigner).tick()
+    document = await gateway.get(f"/api/receipts/{receipt_id}")
+    young = [UUID(receipt_id), _id_of(HASHES_KEPT_DAYS - 1)]
+    await _note(gateway, young[1], _id_of(HASHES_KEPT_DAYS + 1), _id_of(HASHES_KEPT_DAYS + 300))
+    assert await forget_old_hashes(gateway.process.engine) == 2
+    assert await forget_old_hashes(gateway.process.engine) == 0
+    assert await _kept(gateway) == set(young)
+    with pytest.raises(ProgrammingError, match="permission denied"):
+        async with gateway.process.engine.begin() as connection:
+            await connection.execute(text("DELETE FROM receipts"))
+
+    # Much later: asked for again it cannot be written, but its page is there and its copy is good.
+    async with gateway.owner.begin() as connection:
+        await connection.execute(text("DELETE FROM receipts"))
+    async with httpx.AsyncClient(base_url=gateway.url) as http:
+        unsigned = await http.get(f"/api/receipts/{receipt_id}")
+        assert (unsigned.status_code, unsigned.json()["page"]) == (200, None)
+        monkeypatch.setattr(receipts_routes, "HASHES_KEPT_DAYS", -1)
+        gone = await http.get(f"/api/receipts/{receipt_id}")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (410, "receipt_expired")
+    assert check(document).id == receipt_id
+    async with gateway.owner.connect() as connection:
+        leaves = await connection.scalar(text("SELECT leaves FROM receipt_pages"))
+    assert protocol.receipt_leaf(document["statement"].encode()) == leaves
+
+
+async def test_nothing_is_forgotten_before_it_is_sealed(gateway: RunningGateway) -> None:
+    """The sealer stood still for more than a year: the hashes its receipts will need are kept."""
+    old, zeros = _id_of(HASHES_KEPT_DAYS + 1), bytes(32)
+    await _note(gateway, old)
+    async with gateway.owner.begin() as connection:
+        await connection.execute(
+            text("INSERT INTO batches VALUES (63, 1, :id, :id, 1, 0, :zeros, :zeros)"),
+            {"id": old, "zeros": zeros},
+        )
+    assert await forget_old_hashes(gateway.process.engine) == 0
+    assert await _kept(gateway) == {old}
+    async with gateway.owner.begin() as connection:
+        await connection.execute(text("INSERT INTO receipt_marks VALUES (63, 1)"))
+    assert await forget_old_hashes(gateway.process.engine) == 1
+
+
+async def test_a_receipt_of_an_archived_month_is_gone_not_unknown(gateway: RunningGateway) -> None:
+    async with gateway.owner.begin() as connection:
+        row = "INSERT INTO archived_months (month, upper_id, rows) VALUES ('2020-01-01', :upper, 0)"
+        await connection.execute(text(row), {"upper": _id_of(400)})
+    async with httpx.AsyncClient(base_url=gateway.url) as http:
+        codes = [(await http.get(f"/api/receipts/{_id_of(days)}")).status_code for days in (401, 399)]
+    assert codes == [410, 404]
