@@ -16,11 +16,13 @@ from prometheus_client import REGISTRY
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from structlog.testing import capture_logs
+from typer.testing import CliRunner, Result
 
 from chain.errors import RpcUnavailable
 from chain.networks import EVM_NETWORKS, SOLANA, Chain
 from chain.simulated import SimulatedChain
 from chain.units import Micro
+from marketplace.cli_deposits import deposits_app
 from marketplace.deposits import service
 from marketplace.deposits.cursor import load_cursor
 from marketplace.deposits.early import EarlyCredit
@@ -223,13 +225,15 @@ def chains_file(folder: Path) -> Path:
     return path
 
 
+def environment(database_url: str, folder: Path) -> dict[str, str]:
+    settings = {"database_url": database_url, "secret": "s" * 40, "chains_file": str(chains_file(folder))}
+    return settings_environment(settings) | {"COLUMNS": "300"}
+
+
 def run(database_url: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = settings_environment(
-        {"database_url": database_url, "secret": "s" * 40, "chains_file": str(chains_file(folder))}
-    )
     return subprocess.run(
         [sys.executable, "-m", "marketplace", "deposits", *arguments],
-        env=environment | {"COLUMNS": "300"},
+        env=environment(database_url, folder),
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -239,22 +243,26 @@ def run(database_url: str, folder: Path, *arguments: str) -> subprocess.Complete
 
 
 async def test_a_person_explains_halts_and_resumes_by_command(
-    bench: Bench, database_url: str, tmp_path: Path
+    bench: Bench, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, address = await bench.a_buyer()
     watcher = await start(bench)
     payment = bench.pays(address, 7)
     await final(bench, watcher, payment)
 
-    async def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return await asyncio.to_thread(run, database_url, tmp_path, *arguments)
+    for name, value in environment(database_url, tmp_path).items():
+        monkeypatch.setenv(name, value)
 
-    said = await command("explain", payment.tx, "--chain", "base")
+    async def command(*arguments: str) -> Result:
+        """Without a process of its own, which takes a second to start: the first shows that it does."""
+        return await asyncio.to_thread(CliRunner().invoke, deposits_app, arguments)
+
+    said = await asyncio.to_thread(run, database_url, tmp_path, "explain", payment.tx, "--chain", "base")
     assert said.returncode == 0, said.stderr
     assert "credited" in said.stdout
     assert f"7.000000 USDC to {address}" in said.stdout
     why = ("--as", "ann", "--reason", "a drill")
-    assert (await command("halt", "--chain", "base", *why)).returncode == 0
+    assert (await command("halt", "--chain", "base", *why)).exit_code == 0
     bench.node.mine(bench.pays(address, 50))
     bench.node.finalize()
     await bench.settle(watcher)
@@ -264,9 +272,9 @@ async def test_a_person_explains_halts_and_resumes_by_command(
         assert cursor.halt is not None
         assert (cursor.halt.by, cursor.halt.reason) == ("ann", "a drill")
         assert (await conn.scalar(select(chain_cursors.c.final_height))) < bench.node.final_height
-    assert (await command("resume", "--chain", "base", *why)).returncode == 0
+    assert (await command("resume", "--chain", "base", *why)).exit_code == 0
     again = await command("resume", "--chain", "base", *why)
-    assert again.returncode == 1
+    assert again.exit_code == 1
     assert "not halted" in again.stderr
     await bench.settle(watcher)
     async with transaction(bench.engine) as conn:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from deposits_nodes import LAG, EvmTown, Town, a_base_town, a_town, start_base
+from deposits_nodes import CLOCK, LAG, EvmTown, Town, a_base_town, a_town, start_base
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.errors import Reverted
@@ -25,6 +25,7 @@ from chain.solana.keystore import from_seed
 from chain.solana.reader import SolanaReader
 from chain.solana.rpc import LatestBlockhash, SolanaRpc
 from chain.units import Micro
+from marketplace.deposits.recovery import Accepted, accept_history
 
 T = TypeVar("T")
 
@@ -82,9 +83,19 @@ async def test_a16_a_payment_mined_again_by_a_reorg_is_credited_once(base: EvmTo
     await base.books_hold()
 
 
+async def accept(town: Town, height: int) -> Accepted:
+    said = {"actor": "ann", "reason": "the network says so"}
+    return await accept_history(
+        town.engine, CLOCK, town.reader, town.watcher.rules, from_height=height, **said
+    )
+
+
 @pytest.mark.parametrize("below", range(1, 5))
-async def test_a15_a_reorg_below_finality_halts_the_chain(base: EvmTown, below: int) -> None:
+async def test_a15_a_reorg_below_finality_halts_the_chain_until_it_is_accepted(
+    base: EvmTown, below: int
+) -> None:
     """`below` final blocks are replaced; the newest final one always among them."""
+    untouched = (await base.reader.head()).height
     paid = await base.pay(9)
     await base.mine(LAG + below - 1)
     await base.settle()
@@ -92,10 +103,16 @@ async def test_a15_a_reorg_below_finality_halts_the_chain(base: EvmTown, below: 
     await base.reorg(LAG + below)
     await base.settle()
     assert await base.is_halted()
-    await base.pay(50)
+    new = await base.pay(50)
     await base.mine(LAG + 2)
     await base.settle()
     assert (await base.statuses(), await base.micro()) == ({paid: "final"}, 9_000_000)
+    accepted = await accept(base, untouched)
+    assert [key.partition(":")[0] for key in accepted.taken_back] == [paid]
+    assert (await base.statuses(), await base.micro()) == ({paid: "orphaned", new: "final"}, 50_000_000)
+    await base.books_hold()
+    await base.settle()
+    assert not await base.is_halted()
 
 
 # ── Solana ────────────────────────────────────────────────────────────────────────────────────────────
@@ -178,16 +195,24 @@ async def test_a14_a_solana_fork_takes_what_was_only_seen(solana: SolanaTown, re
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-async def test_a15_a_solana_fork_below_finality_halts_the_chain(solana: SolanaTown, reuse: bool) -> None:
+async def test_a15_a_solana_fork_below_finality_halts_the_chain_until_it_is_accepted(
+    solana: SolanaTown, reuse: bool
+) -> None:
+    untouched = (await solana.reader.final()).height
     paid = await solana.pay(9)
     await solana.tick(2 * SOLANA_LAG)
     await solana.settle()
     assert (await solana.statuses(), await solana.micro()) == ({paid: "final"}, 9_000_000)
-    await solana.fork(2 * SOLANA_LAG + 2, reuse=reuse)
-    await solana.tick(4 * SOLANA_LAG)
+    slots = (await solana.reader.head()).height - untouched - 1
+    await solana.fork(slots, reuse=reuse)
+    await solana.tick(slots + 2 * SOLANA_LAG)
     await solana.settle()
     assert await solana.is_halted()
     assert (await solana.statuses(), await solana.micro()) == ({paid: "final"}, 9_000_000)
+    await accept(solana, untouched)
+    assert (await solana.statuses(), await solana.micro()) == ({paid: "orphaned"}, 0)
+    await solana.settle()
+    assert not await solana.is_halted()
 
 
 async def test_a_pool_address_whose_blockhash_expired_is_made_at_the_next_try(
