@@ -21,7 +21,16 @@ from chain.units import Micro
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.platform.settings import ChainsConfig, load_chains
-from marketplace.settlement import batches, halts, kyc, payout_rules, plan_requests, signing, treasury
+from marketplace.settlement import (
+    batches,
+    halts,
+    kyc,
+    payout_rules,
+    plan_requests,
+    sanctions,
+    signing,
+    treasury,
+)
 from marketplace.settlement.consents import consent_of
 from marketplace.settlement.earnings import Reserve
 from marketplace.settlement.errors import ExportRefused
@@ -67,9 +76,14 @@ def sign(
     """Check an export against these settings and sign it; writes the approval beside it unless told where.
 
     `confirm` is shown what would be signed, rebuilt, and which recipients this signer never signed for: his
-    memory is the file `<keystore>.recipients` on his own machine.  `witness_file`: see `witness`.
-    ExportRefused names what does not agree.
+    memory is the file `<keystore>.recipients` on his own machine.  If he keeps an address book beside it,
+    `<keystore>.addresses` (one a line, # starts a comment), nobody else is paid (A39); `recipients` takes
+    its place.  `witness_file`: see `witness`.
+    ExportRefused names what does not agree; sanctions.BadList, if it is the address book that cannot be read.
     """
+    book = keystore.with_name(f"{keystore.name}.addresses")
+    if recipients is None and book.exists():
+        recipients = sanctions.read_list(book)
     export = signing.decode_export(_read(export_file))
     witnessed = None if witness_file is None else signing.decode_witness(_read(witness_file))
     memory = keystore.with_name(f"{keystore.name}.recipients")

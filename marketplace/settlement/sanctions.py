@@ -43,7 +43,7 @@ def read_list(path: Path) -> frozenset[str]:
     except (OSError, UnicodeDecodeError) as e:
         raise BadList(f"{path} cannot be read as a list of addresses: {e}") from e
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    found = frozenset(_canonical(line) for line in lines if line)
+    found = frozenset(canonical(line) for line in lines if line)
     if len(raw) > BYTES_MAX or not found:
         raise BadList(f"{path} is empty or over {BYTES_MAX} bytes")
     if wrong := [line for line in found if len(line) > ADDRESS_CHARACTERS_MAX or not line.isalnum()]:
@@ -61,11 +61,12 @@ async def refresh(conn: AsyncConnection, addresses: frozenset[str], *, source: s
 
 async def listed(conn: AsyncConnection, addresses: Collection[str]) -> frozenset[str]:
     """Those of `addresses` that are on the list, as they were given."""
-    by_key = {_canonical(address): address for address in addresses}
+    by_key = {canonical(address): address for address in addresses}
     t = sanctioned_addresses.c
     found = await conn.scalars(select(t.address).where(t.address.in_(list(by_key))))
     return frozenset(by_key[address] for address in found)
 
 
-def _canonical(address: str) -> str:
+def canonical(address: str) -> str:
+    """As addresses are compared: those of EVM chains without case, others as they are."""
     return address.lower() if address[:2].lower() == "0x" else address

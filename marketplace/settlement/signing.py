@@ -49,6 +49,7 @@ from marketplace.settlement.batches import (
 from marketplace.settlement.consents import Consent, lookup_tables
 from marketplace.settlement.digest import batch_digest, merkle_root
 from marketplace.settlement.errors import ApprovalRefused, ExportRefused, WrongState
+from marketplace.settlement.sanctions import canonical
 from marketplace.settlement.tables import approvals
 
 EXPORT_FORMAT: Final = "tollway-batch-export-1"
@@ -302,7 +303,7 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     limit: Micro | None = None
     """The largest total he signs."""
     recipients: frozenset[str] | None = None
-    """His own address book: nobody else may be paid."""
+    """His own address book, EVM addresses in any case: nobody else may be paid (A39)."""
     signed_before: frozenset[str] = frozenset()
     """Whom he has signed for before; others are pointed out to him, not refused."""
     witness: Witness | None = None
@@ -421,7 +422,8 @@ def _check_expected(lines: tuple[PayoutLine, ...], total: Micro, expected: Expec
     if expected.limit is not None and total > expected.limit:
         raise ExportRefused(f"the batch pays {total} USDC, over your limit of {expected.limit}")
     if expected.recipients is not None:
-        strangers = sorted({line.to for line in lines} - expected.recipients)
+        known = {canonical(address) for address in expected.recipients}
+        strangers = sorted(line.to for line in lines if canonical(line.to) not in known)
         if strangers:
             raise ExportRefused(f"not in your address book: {', '.join(strangers)}")
 

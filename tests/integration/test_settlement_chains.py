@@ -21,6 +21,7 @@ from marketplace.platform.clock import SystemClock
 from marketplace.platform.database import transaction
 from marketplace.settlement import address_book, batches, commands, service, withdrawals
 from marketplace.settlement.errors import ApprovalRefused, ExportRefused
+from marketplace.settlement.sanctions import BadList
 from marketplace.settlement.service import Schedule
 from marketplace.settlement.withdrawals import Status
 from tests.settlement_parts import LIMITS, a_person, earn, posted
@@ -164,6 +165,15 @@ async def test_a_signer_refuses_what_his_own_settings_do_not_say(engine: AsyncEn
             commands.sign(
                 file, rig.keystores[0], chains_file=rig.chains_file, passphrase=PASSPHRASE, **expectation
             )
+    book = rig.keystores[0].with_name(f"{rig.keystores[0].name}.addresses")
+    book.write_text(f"# whom I know\n{other}\n")
+    with pytest.raises(ExportRefused, match="address book"):
+        commands.sign(file, rig.keystores[0], chains_file=rig.chains_file, passphrase=PASSPHRASE)
+    book.write_text("nobody!\n")
+    with pytest.raises(BadList):
+        commands.sign(file, rig.keystores[0], chains_file=rig.chains_file, passphrase=PASSPHRASE)
+    own = rig.wallet.lower() if rig.chain is Chain.BASE else rig.wallet
+    book.write_text(f"{own}  # ann\n")
     with pytest.raises(ExportRefused, match="declined"):
         commands.sign(
             file,

@@ -27,6 +27,7 @@ from marketplace.settlement import (
     kyc,
     people,
     plan_requests,
+    planner,
     signing,
     tables,
     withdrawals,
@@ -207,6 +208,8 @@ async def test_s3_the_planner_waits_for_cover_in_order(desk: Desk) -> None:
     planned = await desk.plan()
     assert planned.count == 1
     assert planned.total == Micro(30_000_000)
+    async with transaction(desk.engine) as conn:
+        assert await planner.payable(conn, Chain.BASE) == Nano(10 * 10**9)  # 40 held, 30 in flight
     assert (await desk.status(cleo, made[2])).status is Status.REQUESTED  # does not overtake ben
     for signer in (0, 1):
         await desk.approve(planned.batch_id, signer)

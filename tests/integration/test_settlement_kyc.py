@@ -147,6 +147,9 @@ async def test_a51_the_message_is_not_believed_and_repeats_change_nothing(office
         raw = office.stripe.event("vs_1", "verified", number=number)
         assert await office.hook(raw, signature(raw)) == 204
     assert await office.tier(ann) == "none", "a repeat does not undo a person's decision"
+    async with transaction(office.desk.engine) as conn:
+        stored = list(await conn.scalars(text("SELECT id FROM stripe_events ORDER BY id")))
+    assert stored == ["evt_1", "evt_2", "evt_3"], "each once, with what it changed"
     strange = office.stripe.event("vs_9", "verified", number=4)
     office.stripe.sessions["vs_9"] = {**office.stripe.sessions["vs_1"], "id": "vs_9"}
     assert await office.hook(strange, signature(strange)) == 204, "another installation's session"
