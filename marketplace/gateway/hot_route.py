@@ -265,14 +265,21 @@ class HotRouteProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def shutdown(self) -> None:
-        """End this connection with the response that is due, or that to a request on its way.
+        """End this connection with the next response whose head can say so, or when none comes.
 
-        uvicorn would close an idle connection at once, and so cut a request its client is just sending.
+        uvicorn would close an idle connection at once, and one in mid-response at its end, and so cut a
+        request its client is just sending.
         """
         self._is_stopping = True
-        if self.cycle is not None:
-            self.cycle.keep_alive = False
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_started:
+            cycle.keep_alive = False
         self.loop.call_later(IDLE_CLOSE_S, self._close_if_idle)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_stopping:
+            self.loop.call_later(IDLE_CLOSE_S, self._close_if_idle)
 
     def _close_if_idle(self) -> None:
         is_arriving = self._head_bytes > 0 or not self._in_head

@@ -272,3 +272,36 @@ async def test_leaving_is_noticed_over_asgi(gateway: RunningGateway) -> None:
     async with asyncio.timeout(2):
         while not node.cancelled:
             await asyncio.sleep(0.01)
+
+
+async def test_a_stop_in_mid_stream_cuts_no_request_that_follows(gateway: RunningGateway) -> None:
+    """The stream's head has promised to keep the connection; the next answer's takes the promise back."""
+    await gateway.add_node(saying(["a", "b", "c"], pause_s=0.05))
+    reader, writer = await _open(gateway)
+    writer.write(_request(gateway, STREAM))
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert b"connection: close" not in head
+    for connection in list(gateway.server.server_state.connections):
+        connection.shutdown()
+    assert (await reader.readuntil(b"0\r\n\r\n")).rstrip(b"0\r\n").endswith(b"[DONE]")
+    await asyncio.sleep(0.1)
+    writer.write(_request(gateway, HELLO))
+    answer = await asyncio.wait_for(reader.read(), 5)  # up to the end of the connection
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert b"connection: close" in answer
+    writer.close()
+
+
+async def test_a_stopping_process_waits_no_longer_than_a_moment_for_a_next_request(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hot_route, "IDLE_CLOSE_S", 0.3)
+    await gateway.add_node(saying(["a"] * 10, pause_s=0.05))  # longer than the moment
+    reader, writer = await _open(gateway)
+    writer.write(_request(gateway, STREAM))
+    await reader.readuntil(b"\r\n\r\n")
+    for connection in list(gateway.server.server_state.connections):
+        connection.shutdown()
+    rest = await asyncio.wait_for(reader.read(), 5)
+    assert b"[DONE]" in rest
+    writer.close()
