@@ -4,7 +4,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 BIN := .venv/bin
 
-.PHONY: help setup demo up down test test-slow check format bench prove lock
+.PHONY: help setup parts demo up down test test-slow check format bench prove lock
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,11 @@ up: setup ## the same stack, left running; prints URLs and keys, writes var/stac
 down: ## end what `make up` started
 	@exec $(BIN)/tollway down
 
-test: setup check ## every check and every test, with the real vLLM
+parts: # all but the engine, whose installation takes as long as the checks
+	@python3 setup/setup.py --without-engine
+
+test: parts ## every check and every test, with the real vLLM
+	@$(MAKE) --no-print-directory -j 2 setup check
 	@exec $(BIN)/pytest -n 2 -m 'not slow' --durations 15
 
 test-slow: setup ## the tests that kill and restart whole stacks and batches at every point (half an hour)
