@@ -40,7 +40,7 @@ async def is_paid_on_chain(rpc: str, expected: Expected) -> bool:
         if expected.chain == "solana":
             options = {
                 "commitment": "finalized",
-                "encoding": "jsonParsed",
+                "encoding": "json",  # only the balances beside it are read
                 "maxSupportedTransactionVersion": 0,
             }
             found = await _call(session, rpc, "getTransaction", [expected.tx, options])
