@@ -51,6 +51,7 @@ from marketplace.gateway.quote import router as quote_router
 from marketplace.gateway.receipts_routes import router as receipts_router
 from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.routes import router as gateway_router
+from marketplace.gateway.statement_routes import router as statement_router
 from marketplace.gateway.statistics_routes import router as statistics_router
 from marketplace.gateway.usage_routes import router as usage_router
 from marketplace.gateway.workers import METRICS_FOLDER
@@ -90,7 +91,7 @@ ROUTERS = (
     chat_router, quote_router, catalog_router, gateway_router, accounts_router,
     deposits_router, fabric_router, settlement_router,
     notices_router, requirement_router, stripe_router, reputation_router,
-    receipts_router, usage_router, statistics_router,
+    receipts_router, usage_router, statistics_router, statement_router,
 )  # fmt: skip
 """Every package's routes; the served OpenAPI is made of them."""
 
@@ -112,6 +113,12 @@ class Gateway:
         self.engine: AsyncEngine = database.connect(settings.database_url.get_secret_value(), pool_size=20)
         # A pool of its own: a busy one must not make the keys stale.
         self.keys_engine = database.connect(settings.database_url.get_secret_value(), pool_size=2)
+        replica_url = settings.database_replica_url.get_secret_value()
+        self.replica = (
+            database.connect(replica_url, connect_seconds_max=database.REPLICA_SECONDS_MAX)
+            if replica_url
+            else None
+        )
         self.keys = KeyRing(self.keys_engine, settings.secret, self.clock)
         self.shelf: Shelf[TokenCounter] = Shelf(self.engine, _counter_of)
         self.fabric = FabricService(settings, self.engine, PriceBook(self.engine))
@@ -165,6 +172,7 @@ class Gateway:
             load_chains(self.settings.chains_file),
             self.clock,
             authenticator,
+            self.replica,
         )
         app.state.shelf = self.shelf
         app.state.registry = self.fabric.registry
@@ -221,6 +229,8 @@ class Gateway:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.dispose)
             stack.push_async_callback(self.keys_engine.dispose)
+            if self.replica is not None:
+                stack.push_async_callback(self.replica.dispose)
             await self.keys.start()
             stack.push_async_callback(self.keys.stop)
             await self.shelf.start()

@@ -26,6 +26,7 @@ from chain.units import parse_usdc
 from marketplace.cli_deposits import deposits_app
 from marketplace.cli_nats import nats_config
 from marketplace.gateway.receipts_commands import receipts_app
+from marketplace.ledger.money import dollars
 from marketplace.platform.errors import PlatformError, SetupFault
 from marketplace.platform.logging import configure_logging
 from marketplace.platform.settings import Settings, load_settings
@@ -281,18 +282,30 @@ def _settings_or_exit(data_dir: Path) -> Settings:
 @ledger_app.command("show")
 def ledger_show(
     account: Annotated[str, typer.Argument(help="Such as escrow:base, buyer:<person id>, loss.")],
+    lines: Annotated[int, typer.Option(min=1, max=1000, help="How many movements, newest first.")] = 20,
+    before: Annotated[UUID | None, typer.Option(help="Movements older than this id.")] = None,
     data_dir: DataDir = DEFAULT_STACK,
     as_json: Json = False,
 ) -> None:
-    """Show one account's balance."""
-    from marketplace.proof import account_balance
+    """Show one account: its balance, and what moved it."""
+    from marketplace.proof import account_statement, statement_as_json
 
-    found = _run(account_balance(_settings_or_exit(data_dir), account))
+    page = _run(account_statement(_settings_or_exit(data_dir), account, lines_max=lines, before=before))
+    found = statement_as_json(page)
     if as_json:
         print(json.dumps(found))
         return
-    for key, value in found.items():
-        out.print(f"{key:>10}  {value}")
+    for key in ("account", "posted", "held", "available"):
+        out.print(f"{key:>10}  {found[key]}")
+    table = Table("when", "what", "amount", "left", "with", "reference", box=None)
+    for line in page.lines:
+        table.add_row(
+            f"{line.made_at:%Y-%m-%d %H:%M:%S}", line.kind, dollars(line.amount), dollars(line.balance),
+            escape(str(line.other or line.model)), escape(line.ref or str(line.id)),
+        )  # fmt: skip
+    out.print(table)
+    if page.next_before is not None:
+        out.print(f"older: tollway ledger show {escape(account)} --before {page.next_before}", soft_wrap=True)
 
 
 @models_app.command("add")

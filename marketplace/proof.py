@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.errors import ChainError
 from marketplace.deposits import service as deposits
 from marketplace.deposits.reconcile import Reconciled
-from marketplace.ledger.accounts import Account, Kind, read_balance, total_by_kind
+from marketplace.ledger import statements
+from marketplace.ledger.accounts import Account, Kind, total_by_kind
 from marketplace.ledger.chains import Tell
 from marketplace.ledger.money import dollars
 from marketplace.ledger.reconcile import prove as prove_ledger
+from marketplace.ledger.statements import Statement
 from marketplace.platform import database
 from marketplace.platform.errors import SetupFault
 from marketplace.platform.settings import Settings, load_chains
@@ -77,8 +80,10 @@ async def ledger_sum_nano(engine: AsyncEngine) -> int:
         return sum(total.n for total in (await total_by_kind(connection)).values())
 
 
-async def account_balance(settings: Settings, name: str) -> dict[str, str]:
-    """One account's balance by its name, `kind` or `kind:owner`; SetupFault for a wrong name."""
+async def account_statement(
+    settings: Settings, name: str, *, lines_max: int, before: UUID | None = None
+) -> Statement:
+    """A page of one account's statement by its name, `kind` or `kind:owner`; SetupFault for a wrong name."""
     kind, _, owner = name.partition(":")
     try:
         account = Account(Kind(kind), owner)
@@ -87,15 +92,36 @@ async def account_balance(settings: Settings, name: str) -> dict[str, str]:
         raise SetupFault(f"{name!r} is not an account: {e}; kinds are {kinds}") from e
     engine = database.connect(settings.database_url.get_secret_value(), pool_size=1)
     try:
-        async with asyncio.timeout(10), engine.connect() as connection:
-            found = await read_balance(connection, account)
+        async with asyncio.timeout(60), engine.connect() as connection:
+            found = await statements.page(connection, account, limit=lines_max, before=before)
     finally:
         await engine.dispose()
     if found is None:
         raise SetupFault(f"nothing was ever booked on {account}")
+    return found
+
+
+def statement_as_json(found: Statement) -> dict[str, object]:
+    """Decimal strings of dollars; `next_before` is the next page's `before`."""
     return {
-        "account": str(account),
-        "posted": dollars(found.posted),
-        "held": dollars(found.held),
-        "available": dollars(found.available),
+        "account": str(found.account),
+        "posted": dollars(found.balance.posted),
+        "held": dollars(found.balance.held),
+        "available": dollars(found.balance.available),
+        "lines": [
+            {
+                "id": str(line.id),
+                "made_at": line.made_at.isoformat(timespec="milliseconds"),
+                "kind": line.kind,
+                "amount": dollars(line.amount),
+                "balance": dollars(line.balance),
+                "other": None if line.other is None else str(line.other),
+                "ref": line.ref,
+                "note": line.note,
+                "model": line.model,
+            }
+            for line in found.lines
+        ],
+        "brought_forward": dollars(found.brought_forward),
+        "next_before": None if found.next_before is None else str(found.next_before),
     }

@@ -8,7 +8,7 @@ from datetime import UTC, date, timedelta
 from typing import Any, Final, Literal, TypeVar
 from uuid import UUID
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from marketplace.gateway.usage_rollup import KeyDay, key_days
@@ -16,7 +16,7 @@ from marketplace.ledger import usage as ledger_usage
 from marketplace.ledger.accounts import buyer as buyer_account
 from marketplace.ledger.accounts import find_account, operator_earnings
 from marketplace.ledger.money import ZERO, Nano, dollars
-from marketplace.platform.http import AccountIdentity, Refusal, RefusalOut, ServicesDep
+from marketplace.platform.http import AccountIdentity, Refusal, RefusalOut, ServicesDep, listings
 
 router = APIRouter(tags=["account"])
 REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
@@ -76,6 +76,7 @@ class _Part:
 async def stats(
     identity: AccountIdentity,
     services: ServicesDep,
+    response: Response,
     first: date | None = None,
     last: date | None = None,
     role: Literal["buyer", "operator"] = "buyer",
@@ -88,7 +89,7 @@ async def stats(
             400, "invalid_request", f"from first to last there are 1 to {DAYS_MAX} days", param="first"
         )
     person, is_buyer = str(identity.person_id), role == "buyer"
-    async with services.engine.connect() as connection:
+    async with listings(services, response) as connection:
         account = await find_account(
             connection, buyer_account(person) if is_buyer else operator_earnings(person)
         )

@@ -18,7 +18,7 @@ from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.fabric.node_ids import node_id_of
 from marketplace.ledger import usage as ledger_usage
@@ -27,7 +27,16 @@ from marketplace.ledger.accounts import find_account, operator_earnings
 from marketplace.ledger.charges import Charge
 from marketplace.ledger.money import Nano, cost, dollars
 from marketplace.metering.counting import CountedOn
-from marketplace.platform.http import AccountIdentity, Identity, Refusal, RefusalOut, ServicesDep
+from marketplace.platform.http import (
+    AS_OF,
+    AccountIdentity,
+    Identity,
+    Refusal,
+    RefusalOut,
+    Services,
+    ServicesDep,
+    listings,
+)
 
 router = APIRouter(tags=["account"])
 REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
@@ -142,6 +151,7 @@ async def _account(connection: AsyncConnection, identity: Identity, role: Role) 
 async def usage(
     identity: AccountIdentity,
     services: ServicesDep,
+    response: Response,
     wish: Annotated[Wish, Depends(_wish)],
     limit: Annotated[int, Query(ge=1, le=ledger_usage.PAGE_ROWS_MAX)] = 100,
     before: UUID | None = None,
@@ -151,13 +161,16 @@ async def usage(
 
     `format=csv` gives all of the selection, at most 100,000 rows, whatever `limit` says.
     """
-    async with services.engine.connect() as connection:
+    async with listings(services, response) as connection:
         selection = await wish.selection(connection, identity)
         if format == "csv":
             return StreamingResponse(
-                _csv(services.engine, selection, wish.role),
+                _csv(services, selection, wish.role),
                 media_type="text/csv; charset=utf-8",
-                headers={"Content-Disposition": 'attachment; filename="usage.csv"'},
+                headers={
+                    "Content-Disposition": 'attachment; filename="usage.csv"',
+                    AS_OF: response.headers[AS_OF],
+                },
             )
         if selection is None:
             return UsageOut(data=[], next_before=None)
@@ -247,14 +260,14 @@ def _row(charge: Charge, role: Role, prices: tuple[int, int] | None, owners: dic
 
 
 async def _csv(
-    engine: AsyncEngine, selection: ledger_usage.Selection | None, role: Role
+    services: Services, selection: ledger_usage.Selection | None, role: Role
 ) -> AsyncIterator[bytes]:
     """The selection as CSV, read page by page as it is taken."""
     yield _lines([list(UsageRow.model_fields)])
     before, left = None, CSV_ROWS_MAX if selection is not None else 0
     while left > 0 and selection is not None:
         limit = min(left, ledger_usage.PAGE_ROWS_MAX)
-        async with engine.connect() as connection:
+        async with listings(services) as connection:
             charges = await ledger_usage.page(connection, selection, limit=limit, before=before)
             rows = await _rows(connection, charges, role)
         yield _lines([_cell(value) for value in row.model_dump(mode="json").values()] for row in rows)

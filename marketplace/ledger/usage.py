@@ -33,7 +33,7 @@ CLOCKS_APART: Final = timedelta(days=1)
 _OLDEST: Final = UUID(int=0)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # The best index depends on who asks for what, so each statement is planned for its own values.
-_PLAN_ANEW: Final = text("SET LOCAL plan_cache_mode = force_custom_plan")
+PLAN_ANEW: Final = text("SET LOCAL plan_cache_mode = force_custom_plan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +88,13 @@ async def page(
     """
     if not 1 <= limit <= PAGE_ROWS_MAX:
         raise ValueError(f"a page has 1 to {PAGE_ROWS_MAX} rows")
-    newest = lowest_at(made_at(new_id()) + CLOCKS_APART)
-    above = min(bound for bound in (before, _bound(selection.until), newest) if bound is not None)
+    bounds = (before, _bound(selection.until), newest(new_id))
+    above = min(bound for bound in bounds if bound is not None)
     conditions = [*_conditions(selection), charges.c.id >= bindparam("low"), charges.c.id < bindparam("high")]
     statement = select(charges).where(*conditions).order_by(charges.c.id.desc()).limit(bindparam("rows"))
     found: list[Charge] = []
-    await conn.execute(_PLAN_ANEW)
-    for low, high in _spans(_bound(selection.since) or _OLDEST, above):
+    await conn.execute(PLAN_ANEW)
+    for low, high in spans(_bound(selection.since) or _OLDEST, above):
         values = {"low": low, "high": high, "rows": limit - len(found)}
         found += [charge_of(row) for row in (await conn.execute(statement, values)).mappings()]
         if len(found) == limit:
@@ -102,16 +102,21 @@ async def page(
     return found
 
 
-def _spans(lowest: UUID, high: UUID) -> Iterator[tuple[UUID, UUID]]:
+def newest(new_id: NewId = uuid7) -> UUID:
+    """Where ids begin that are none of today's: an honest charge's id is below."""
+    return lowest_at(made_at(new_id()) + CLOCKS_APART)
+
+
+def spans(lowest: UUID, high: UUID) -> Iterator[tuple[UUID, UUID]]:
     """[low, high) from `high` down to `lowest`: what there is of one month, then two, four, … of them.
 
     >>> april = datetime(2026, 4, 9, tzinfo=UTC)
-    >>> spans = list(_spans(_OLDEST, lowest_at(april)))
-    >>> [made_at(low).strftime("%Y-%m") for low, _ in spans]
+    >>> found = list(spans(_OLDEST, lowest_at(april)))
+    >>> [made_at(low).strftime("%Y-%m") for low, _ in found]
     ['2026-04', '2026-02', '2026-01', '1970-01']
-    >>> spans[0][1] == lowest_at(april), spans[1][1] == spans[0][0], spans[-1][0] == _OLDEST
+    >>> found[0][1] == lowest_at(april), found[1][1] == found[0][0], found[-1][0] == _OLDEST
     (True, True, True)
-    >>> list(_spans(lowest_at(april), lowest_at(april)))
+    >>> list(spans(lowest_at(april), lowest_at(april)))
     []
     """
     months = 1
@@ -215,23 +220,42 @@ async def totals(conn: AsyncConnection, selection: Selection) -> Totals:
     read, so bound it with `since` and `until`.
     """
     s = selection
-    await conn.execute(_PLAN_ANEW)
+    await conn.execute(PLAN_ANEW)
     if s.key_id is not None or s.node is not None or s.status is not None or s.only_failed:
         return await _totals_of_rows(conn, s)
-    since, until = s.since or _EPOCH, s.until or _LAST_MOMENT
-    first = since.astimezone(UTC).date() + timedelta(days=since.astimezone(UTC).time() != time())
-    last = max(first, until.astimezone(UTC).date())
+    since, until = lowest_at(s.since or _EPOCH), lowest_at(s.until or _LAST_MOMENT)
+    return await _totals_between(conn, since, until, buyer=s.buyer, operator=s.operator, model=s.model)
+
+
+async def totals_since(
+    conn: AsyncConnection, first: UUID, *, buyer: int | None = None, operator: int | None = None
+) -> Totals:
+    """Sums over a buyer's or an operator's charges from id `first` on, exact to the last commit."""
+    return await _totals_between(conn, first, lowest_at(_LAST_MOMENT), buyer=buyer, operator=operator)
+
+
+async def _totals_between(
+    conn: AsyncConnection,
+    since: UUID,
+    until: UUID,
+    *,
+    buyer: int | None,
+    operator: int | None,
+    model: str | None = None,
+) -> Totals:
+    first = made_at(UUID(int=since.int - 1)).date() + timedelta(days=1) if since.int else _EPOCH.date()
+    last = max(first, made_at(until).date())
     values = {
-        "account": s.operator if s.buyer is None else s.buyer,
-        "model": s.model,
-        "since": lowest_at(since),
-        "until": lowest_at(until),
+        "account": operator if buyer is None else buyer,
+        "model": model,
+        "since": since,
+        "until": until,
         "first": first,
         "last": last,
-        "first_id": min(lowest_at(until), _midnight(first)),
-        "last_id": min(lowest_at(until), _midnight(last)),
+        "first_id": min(until, _midnight(first)),
+        "last_id": min(until, _midnight(last)),
     }
-    statement = _TOTALS_OF["operator" if s.buyer is None else "buyer"]
+    statement = _TOTALS_OF["operator" if buyer is None else "buyer"]
     return _totals((await conn.execute(statement, values)).one())
 
 

@@ -7,14 +7,18 @@ Only the edge commits: `transaction` is the one place that does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import MetaData, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import MetaData, make_url, text
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+_log = logging.getLogger(__name__)
 
 APPLICATION_ROLE: Final = "tollway_app"
 MIGRATIONS: Final = Path(__file__).parent.parent / "migrations"
@@ -49,6 +53,9 @@ def with_driver(given: str) -> str:
 
 
 STATEMENT_SECONDS_MAX: Final = 60
+CONNECT_SECONDS_MAX: Final = 10
+REPLICA_SECONDS_MAX: Final = 2
+"""A replica that is slower to connect is not waited for: the book answers."""
 
 
 def connect(
@@ -57,11 +64,12 @@ def connect(
     pool_size: int = 10,
     role: str | None = APPLICATION_ROLE,
     statement_seconds_max: int | None = STATEMENT_SECONDS_MAX,
+    connect_seconds_max: int = CONNECT_SECONDS_MAX,
 ) -> AsyncEngine:
     """Open a pool on the book, each connection working as `role` (None: as the URL's own user).
 
-    A statement that takes longer than `statement_seconds_max` fails (None: never), so that nobody waits for
-    ever on a database that is gone.
+    A statement that takes longer than `statement_seconds_max` fails (None: never), as does a connection that
+    is not there within `connect_seconds_max`, so that nobody waits for ever on a database that is gone.
     """
     server_settings = {"timezone": "UTC", "application_name": "tollway"}
     if role is not None:
@@ -70,11 +78,11 @@ def connect(
         url,
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=10,
+        pool_timeout=connect_seconds_max,
         pool_pre_ping=True,
         connect_args={
             "server_settings": server_settings,
-            "timeout": 10,
+            "timeout": connect_seconds_max,
             "command_timeout": statement_seconds_max,
         },
     )
@@ -88,6 +96,37 @@ async def transaction(engine: AsyncEngine, *, isolation: str | None = None) -> A
             await connection.execution_options(isolation_level=isolation)
         async with connection.begin():
             yield connection
+
+
+_AS_OF: Final = text("SELECT pg_is_in_recovery() AS is_replica, pg_last_xact_replay_timestamp() AS as_of")
+
+
+@asynccontextmanager
+async def read(
+    engine: AsyncEngine, replica: AsyncEngine | None
+) -> AsyncIterator[tuple[AsyncConnection, datetime | None]]:
+    """A fresh connection to read by, from the replica if it answers, and when its newest commit was made.
+
+    None: the connection is `engine`'s, to every commit there is.
+    """
+    async with AsyncExitStack() as stack:
+        found = None if replica is None else await _of_replica(stack, replica)
+        if found is None:
+            yield await stack.enter_async_context(engine.connect()), None
+        else:
+            yield found
+
+
+async def _of_replica(stack: AsyncExitStack, replica: AsyncEngine) -> tuple[AsyncConnection, datetime] | None:
+    try:
+        connection = await stack.enter_async_context(replica.connect())
+        found = (await connection.execute(_AS_OF)).one()
+        await connection.rollback()
+    except (OSError, SQLAlchemyError, TimeoutError):
+        _log.warning("the replica does not answer; the book is read instead", exc_info=True)
+        return None
+    # One that was made a server of its own follows nobody any more.
+    return (connection, found.as_of) if found.is_replica and found.as_of is not None else None
 
 
 def migrate(url: str) -> None:

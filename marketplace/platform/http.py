@@ -9,18 +9,21 @@ Refusals have OpenAI's shape on every path: `{"error": {"message", "type", "para
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Protocol
 from uuid import UUID
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from marketplace.platform import database
 from marketplace.platform.clock import Clock
 from marketplace.platform.settings import ChainsConfig, Settings
 
@@ -109,6 +112,24 @@ class Services:
     chains: ChainsConfig
     clock: Clock
     authenticator: Authenticator
+    replica: AsyncEngine | None = None
+    """Where listings are read, if not from `engine`: a little behind it, never asked before money moves."""
+
+
+AS_OF = "X-Tollway-As-Of"
+
+
+@asynccontextmanager
+async def listings(services: Services, response: Response | None = None) -> AsyncIterator[AsyncConnection]:
+    """A fresh connection for what may be a little old: from the replica if there is one that answers.
+
+    Tells the response's reader up to when it is complete, in the header `AS_OF`.
+    """
+    async with database.read(services.engine, services.replica) as (connection, as_of):
+        if response is not None:
+            moment = (as_of or services.clock.now()).astimezone(UTC)
+            response.headers[AS_OF] = moment.isoformat(timespec="milliseconds")
+        yield connection
 
 
 def services(request: Request) -> Services:

@@ -55,6 +55,8 @@ class Settings(BaseSettings):
     environment: Environment = Environment.PRODUCTION
     data_dir: Path = Path("var")
     database_url: SecretStr = SecretStr("")
+    database_replica_url: SecretStr = SecretStr("")
+    """A streaming replica, from which gateways read usage, statistics and statements; empty = the book."""
     nats_url: str = "nats://127.0.0.1:4222"
     nats_password: SecretStr = SecretStr("")
     nats_issuer_seed: SecretStr = SecretStr("")
@@ -131,7 +133,7 @@ class Settings(BaseSettings):
             values["trusted_proxies"] = frozenset(filter(None, (part.strip() for part in given.split(","))))
         return values
 
-    @field_validator("database_url", mode="after")
+    @field_validator("database_url", "database_replica_url", mode="after")
     @classmethod
     def _name_driver(cls, given: SecretStr) -> SecretStr:
         from marketplace.platform import database  # half of a command's start-up time, needed by some
