@@ -135,12 +135,11 @@ async def change_key(
     return None if found is None else ApiKey(**found)
 
 
-async def limit_account(connection: AsyncConnection, person_id: UUID, values: Mapping[str, object]) -> bool:
-    """Set limits over all of a person's keys together; False if there is no such person."""
+async def limit_account(connection: AsyncConnection, person_id: UUID, values: Mapping[str, object]) -> None:
+    """Set limits over all of a person's keys together; an administrator's `decisions.limit` keeps account."""
     limits = _only_limits(values)
     if limits:
         await connection.execute(update(people).where(people.c.id == person_id).values(limits))
-    return await connection.scalar(select(people.c.id).where(people.c.id == person_id)) is not None
 
 
 async def list_keys(connection: AsyncConnection, person_id: UUID) -> list[ApiKey]:

@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.errors import BadAddress
 from chain.networks import Chain
-from marketplace.accounts import api_keys, errors, passwords, people, sessions, wallets
+from marketplace.accounts import api_keys, decisions, errors, passwords, people, sessions, wallets
 from marketplace.accounts.authenticate import AccountAuthenticator, bearer
 from marketplace.accounts.sessions import close_session, open_session
 from marketplace.accounts.tokens import session_digester
@@ -176,6 +176,36 @@ class KeyChange(LimitsRequest):
 
     name: KeyName | None = None
     expires_at: AwareDatetime | None = None
+
+
+Reason = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=decisions.REASON_CHARACTERS_MAX),
+    AfterValidator(_printable),
+]
+
+
+class AccountLimitsRequest(LimitsRequest):
+    reason: Reason
+
+
+class ReasonRequest(_Asked):
+    reason: Reason
+
+
+class AccountDecisionBody(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    action: Literal["limits", "freeze", "unfreeze"]
+    actor: UUID
+    reason: str
+    detail: dict[str, Any]
+    """The limits as they were set."""
+    decided_at: datetime
+
+
+class AccountDecisionsBody(BaseModel):
+    data: list[AccountDecisionBody]
 
 
 class ChallengeBody(BaseModel):
@@ -488,20 +518,59 @@ async def change_key(
     return KeyBody.model_validate(changed)
 
 
-@router.put(
-    "/admin/accounts/{person_id}/limits", status_code=204,
-    responses=_refused(s401="No credential that works", s403="Not an administrator", s404="No such account"),
-)  # fmt: skip
+_NEEDS_ADMIN: Final = {
+    "s401": "No credential that works", "s403": "Not an administrator", "s404": "No such account",
+}  # fmt: skip
+
+
+@router.put("/admin/accounts/{person_id}/limits", status_code=204, responses=_refused(**_NEEDS_ADMIN))
 async def limit_account(
-    person_id: UUID, asked: LimitsRequest, services: ServicesDep, identity: AdminIdentity
+    person_id: UUID, asked: AccountLimitsRequest, services: ServicesDep, identity: AdminIdentity
 ) -> None:
     """Set what all keys of an account may use together, in place of R22's defaults; null: the default."""
+    limits = asked.model_dump(include=set(api_keys.LIMITS))
+    async with _work(services) as connection:
+        await decisions.limit(
+            connection, person_id, limits,
+            actor=identity.person_id, reason=asked.reason, now=services.clock.now(),
+        )  # fmt: skip
+    await _tell_key_ring(services)
+
+
+@router.post("/admin/accounts/{person_id}/freeze", status_code=204, responses=_refused(**_NEEDS_ADMIN))
+async def freeze_account(
+    person_id: UUID, asked: ReasonRequest, services: ServicesDep, identity: AdminIdentity
+) -> None:
+    """Stop an account: its sessions at once, its keys everywhere within 5 s; its money stays its own."""
+    async with _work(services) as connection:
+        await decisions.freeze(
+            connection, person_id, actor=identity.person_id, reason=asked.reason, now=services.clock.now()
+        )
+    await _tell_key_ring(services)
+
+
+@router.post("/admin/accounts/{person_id}/unfreeze", status_code=204, responses=_refused(**_NEEDS_ADMIN))
+async def unfreeze_account(
+    person_id: UUID, asked: ReasonRequest, services: ServicesDep, identity: AdminIdentity
+) -> None:
+    """Let a frozen account's keys and sessions work again."""
+    async with _work(services) as connection:
+        await decisions.unfreeze(
+            connection, person_id, actor=identity.person_id, reason=asked.reason, now=services.clock.now()
+        )
+    await _tell_key_ring(services)
+
+
+@router.get("/admin/accounts/{person_id}/decisions", responses=_refused(**_NEEDS_ADMIN))
+async def account_decisions(
+    person_id: UUID, services: ServicesDep, identity: AdminIdentity
+) -> AccountDecisionsBody:
+    """List what administrators decided about an account, newest first: who, why and what."""
     del identity
     async with _work(services) as connection:
-        is_known = await api_keys.limit_account(connection, person_id, asked.model_dump())
-    if not is_known:
-        raise Refusal(404, "person_unknown", "there is no such account")
-    await _tell_key_ring(services)
+        await people.find_person(connection, person_id)
+        found = await decisions.decided(connection, person_id)
+    return AccountDecisionsBody(data=[AccountDecisionBody.model_validate(one) for one in found])
 
 
 @router.delete("/keys/{key_id}", status_code=204, responses=_refused(**_NEEDS_ACCOUNT, s404="No such key"))

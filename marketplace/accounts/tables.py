@@ -15,6 +15,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     ForeignKey,
+    Identity,
     Integer,
     LargeBinary,
     Table,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Uuid,
     func,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 
 from marketplace.platform.database import metadata
 
@@ -93,4 +95,16 @@ api_keys: Final = Table(
     Column("parallel_requests", Integer),
     Column("spend_nano_per_day", BigInteger),
     Column("allowed_models", ARRAY(Text)),
+)
+
+account_decisions: Final = Table(
+    "account_decisions",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("person_id", Uuid, ForeignKey("people.id"), nullable=False),
+    Column("action", Text, nullable=False),
+    Column("actor", Uuid, ForeignKey("people.id"), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("detail", JSONB, nullable=False),
+    Column("decided_at", DateTime(timezone=True), nullable=False),
 )

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 from solders.keypair import Keypair
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from marketplace.accounts import people
@@ -452,21 +453,57 @@ async def test_an_administrator_is_made_and_unmade(site: Site) -> None:
     assert (await site.get("/api/admin/probe", as_=key)).status_code == 403
 
 
+async def an_administrator(site: Site) -> tuple[str, str]:
+    """Give (id, token)."""
+    token = await site.register("root@example.org")
+    me = (await site.get("/api/me", as_=token)).json()
+    async with transaction(site.engine) as connection:
+        await people.make_admin(connection, UUID(me["id"]))
+    return me["id"], token
+
+
 async def test_a_frozen_person_is_stopped_everywhere_and_can_be_let_in_again(site: Site) -> None:
     token = await site.register()
+    admin, root = await an_administrator(site)
     me = (await site.get("/api/me", as_=token)).json()
     key = (await site.post("/api/keys", {"name": "k", "scopes": ["account"]}, as_=token)).json()["key"]
-    async with transaction(site.engine) as connection:
-        await people.freeze(connection, UUID(me["id"]))
-    await site.ring.refresh()
+    account = f"/api/admin/accounts/{me['id']}"
+    assert (await site.post(f"{account}/freeze", {"reason": "stolen card"}, as_=token)).status_code == 403
+    assert (await site.post(f"{account}/freeze", {"reason": "stolen card"}, as_=root)).status_code == 204
     assert code_of(await site.get("/api/me", as_=key)) == "invalid_api_key"
     assert code_of(await site.get("/api/me", as_=token)) == "invalid_session"
     login = await site.post("/api/auth/login", {"email": "ada@example.org", "password": PASSWORD})
     assert (login.status_code, code_of(login)) == (403, "account_frozen")
-    async with transaction(site.engine) as connection:
-        await people.unfreeze(connection, UUID(me["id"]))
-    await site.ring.refresh()
+    assert (await site.post(f"{account}/unfreeze", {"reason": "it was hers"}, as_=root)).status_code == 204
     assert (await site.get("/api/me", as_=key)).status_code == 200
+    told = (await site.get(f"{account}/decisions", as_=root)).json()["data"]
+    assert [(row["action"], row["reason"], row["actor"]) for row in told] == [
+        ("unfreeze", "it was hers", admin), ("freeze", "stolen card", admin),
+    ]  # fmt: skip
+
+
+async def test_an_account_s_limits_have_an_actor_a_reason_and_a_row(site: Site) -> None:
+    token = await site.register()
+    admin, root = await an_administrator(site)
+    me = (await site.get("/api/me", as_=token)).json()
+    limits = f"/api/admin/accounts/{me['id']}/limits"
+    for body in ({"requests_per_minute": 5}, {"requests_per_minute": 5, "reason": " "}, {"reason": "a\0"}):
+        refused = await site.client.put(limits, json=body, headers=_bearer(root))
+        assert refused.status_code == 400, refused.text
+    asked = {"requests_per_minute": 5, "reason": "scrapes"}
+    assert (await site.client.put(limits, json=asked, headers=_bearer(root))).status_code == 204
+    path = f"/api/admin/accounts/{me['id']}/decisions"
+    (told,) = (await site.get(path, as_=root)).json()["data"]
+    assert (told["action"], told["actor"], told["reason"]) == ("limits", admin, "scrapes")
+    assert told["detail"]["requests_per_minute"] == 5
+    assert (await site.get(path, as_=token)).status_code == 403
+    nobody = "/api/admin/accounts/00000000-0000-7000-8000-000000000000"
+    assert (await site.get(f"{nobody}/decisions", as_=root)).status_code == 404
+    assert code_of(await site.post(f"{nobody}/freeze", {"reason": "r"}, as_=root)) == "person_unknown"
+    for rewrite in ("UPDATE account_decisions SET reason = 'x'", "DELETE FROM account_decisions"):
+        with pytest.raises(DBAPIError, match="permission denied"):
+            async with transaction(site.engine) as connection:
+                await connection.execute(text(rewrite))
 
 
 @pytest.mark.parametrize("authorization", [None, "", "Bearer", "Bearer ", "Basic YTpi", "sk-tollway-x"])
