@@ -320,7 +320,7 @@ def _require(row: Row[Any], *states: Status) -> None:
 
 
 async def _require_running(conn: AsyncConnection) -> None:
-    if (why := await halts.all_halted(conn)) is not None:
+    if (why := await halts.halted(conn, halts.BANK)) is not None:
         raise WrongState(f"payouts are halted: {why}", code="halted")
 
 

@@ -181,7 +181,7 @@ async def approve(
 
 
 async def halt(engine: AsyncEngine, clock: Clock, rail: str, *, actor: str, reason: str) -> None:
-    """Stop payouts on a chain, or on all (`payouts`)."""
+    """Stop payouts on a chain, at the bank (`bank`), or all (`payouts`)."""
     async with transaction(engine) as conn:
         await halts.halt(conn, rail=rail, actor=actor, reason=reason, now=clock.now())
 

@@ -1,4 +1,4 @@
-"""The switch that stops payouts: for one chain, or `payouts` for all.  Setting and lifting are on record.
+"""The switch that stops payouts: of a chain, of the bank, or `payouts` for all.  Each turn is on record.
 
 A halt stops planning, signing and the first send.  What has been sent is followed to its end all the same.
 """
@@ -6,7 +6,7 @@ A halt stops planning, signing and the first send.  What has been sent is follow
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final
+from typing import Final, Literal
 
 from sqlalchemy import select, update
 from sqlalchemy.dialects.postgresql import insert
@@ -17,7 +17,8 @@ from marketplace.settlement.errors import NotFound
 from marketplace.settlement.tables import payout_halts
 
 ALL_RAILS: Final = "payouts"
-RAILS: Final = frozenset({ALL_RAILS, *(chain.value for chain in Chain)})
+BANK: Final = "bank"
+RAILS: Final = frozenset({ALL_RAILS, BANK, *(chain.value for chain in Chain)})
 
 
 async def halt(conn: AsyncConnection, *, rail: str, actor: str, reason: str, now: datetime) -> None:
@@ -40,15 +41,8 @@ async def lift(conn: AsyncConnection, *, rail: str, actor: str, reason: str, now
         raise NotFound(f"{rail!r} is not halted")
 
 
-async def all_halted(conn: AsyncConnection) -> str | None:
-    """Why all payouts are halted; None if they are not."""
+async def halted(conn: AsyncConnection, rail: Chain | Literal["bank"]) -> str | None:
+    """Why payouts by `rail` are halted, by its own switch or that for all; None if they are not."""
     t = payout_halts.c
-    statement = select(t.reason).where(t.lifted_at.is_(None), t.rail == ALL_RAILS)
-    return await conn.scalar(statement.limit(1))
-
-
-async def halted(conn: AsyncConnection, chain: Chain) -> str | None:
-    """Why payouts on `chain` are halted; None if they are not."""
-    t = payout_halts.c
-    statement = select(t.reason).where(t.lifted_at.is_(None), t.rail.in_([ALL_RAILS, chain.value]))
+    statement = select(t.reason).where(t.lifted_at.is_(None), t.rail.in_([ALL_RAILS, str(rail)]))
     return await conn.scalar(statement.order_by(t.id).limit(1))

@@ -435,7 +435,7 @@ class StandingBody(Decision):
     is_good: bool
 
 
-Rail = Literal["payouts", "ethereum", "base", "solana"]
+Rail = Literal["payouts", "ethereum", "base", "solana", "bank"]
 
 
 @router.get("/admin/withdrawals", responses=errors(), tags=["settlement"])
@@ -607,7 +607,7 @@ async def decide_standing(
 
 @router.post("/payout-halts/{rail}", status_code=204, responses=errors(), tags=["settlement"])
 async def halt_payouts(services: ServicesDep, identity: AdminIdentity, rail: Rail, body: Decision) -> None:
-    """Stop payouts on a chain, or on all (`payouts`): no planning, signing or sending."""
+    """Stop payouts on a chain, at the bank, or all (`payouts`): no planning, approving, signing, sending."""
     async with work(services) as conn:
         await halts.halt(
             conn, rail=rail, actor=actor_of(identity), reason=body.reason, now=services.clock.now()

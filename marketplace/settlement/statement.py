@@ -30,7 +30,7 @@ class Line:
     id: UUID
     """Of the request's charge (which is the request's id), or of the transfer."""
     kind: str
-    """`request`, or the transfer's kind."""
+    """`request`, `bank_payout`, or the transfer's kind."""
     amount: Nano
     """What it added; below zero: what it took."""
     model: str | None
@@ -38,7 +38,7 @@ class Line:
     withdrawal_id: UUID | None
     batch_id: UUID | None
     tx: str | None
-    """The transaction that paid it, once final."""
+    """The transaction that paid it, once final; of a bank payout the bank's reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,13 @@ _LINES: Final = text(
            AND (CAST(:before AS UUID) IS NULL OR t.id < CAST(:before AS UUID))
          ORDER BY t.id DESC LIMIT :limit)
     )
-    SELECT m.id, m.kind, m.amount, m.model, m.tokens, p.withdrawal_id, p.batch_id,
-           (SELECT b.final_tx FROM broadcasts b
-            WHERE b.batch_id = p.batch_id AND b.final_tx IS NOT NULL LIMIT 1) AS final_tx
+    SELECT m.id, CASE WHEN w.id IS NULL THEN m.kind ELSE 'bank_payout' END AS kind,
+           m.amount, m.model, m.tokens, coalesce(p.withdrawal_id, w.id) AS withdrawal_id, p.batch_id,
+           coalesce(w.reference, (SELECT b.final_tx FROM broadcasts b
+            WHERE b.batch_id = p.batch_id AND b.final_tx IS NOT NULL LIMIT 1)) AS final_tx
     FROM moved m
     LEFT JOIN payouts p ON m.kind IN ('withdrawal_planned', 'payout_failed') AND p.id::text = m.ref
+    LEFT JOIN bank_withdrawals w
+        ON w.id = CASE WHEN m.kind = 'correction' AND m.ref LIKE 'bank:%' THEN substr(m.ref, 6)::uuid END
     ORDER BY m.id DESC LIMIT :limit"""
 )

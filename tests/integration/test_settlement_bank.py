@@ -19,7 +19,7 @@ from marketplace.ledger import templates
 from marketplace.ledger.money import Nano
 from marketplace.ledger.posting import post_transfer
 from marketplace.platform.database import transaction
-from marketplace.settlement import bank, halts, sanctions
+from marketplace.settlement import bank, halts, sanctions, statement
 from marketplace.settlement.bank import BadIban, BankWithdrawal, Status
 from marketplace.settlement.errors import KeyReused, NotEligible, NotFound, WrongState
 from tests.settlement_parts import LIMITS, Desk, a_person
@@ -90,7 +90,10 @@ async def test_from_request_to_the_banks_reference(desk: Desk) -> None:
             await act(desk, what, made, actor="ada", reason="late")
     async with transaction(desk.engine) as conn:
         told = await conn.scalar(text("SELECT note FROM transfers WHERE ref = :r"), {"r": f"bank:{made.id}"})
-    assert told == "bo: bank transfer B-1"
+        assert told == "bo: bank transfer B-1"
+        newest, *_ = await statement.lines(conn, ann)
+    found = (newest.kind, newest.amount, newest.withdrawal_id, newest.batch_id, newest.tx)
+    assert found == ("bank_payout", Nano(-60 * 10**9), made.id, None, "B-1")
 
 
 async def test_the_rules_are_those_of_the_chain_and_both_count_for_kyc(desk: Desk) -> None:
@@ -128,8 +131,16 @@ async def test_refused_and_cancelled_money_is_earnings_again(desk: Desk) -> None
             gone = await bank.cancel(conn, person=ann, withdrawal_id=first.id, now=desk.clock.now())
     assert gone.status is Status.CANCELLED
     async with transaction(desk.engine) as conn:
-        await halts.halt(conn, rail="payouts", actor="ada", reason="drill", now=desk.clock.now())
-    with pytest.raises(WrongState, match="drill"):
+        for rail in ("payouts", "bank", "base"):
+            await halts.halt(conn, rail=rail, actor="ada", reason=f"drill: {rail}", now=desk.clock.now())
+        await halts.lift(conn, rail="payouts", actor="ada", reason="the bank's own", now=desk.clock.now())
+    with pytest.raises(WrongState, match="drill: bank"):
+        await act(desk, "approve", second, actor="ada", reason="ok")
+    async with transaction(desk.engine) as conn:
+        await halts.lift(conn, rail="bank", actor="ada", reason="over", now=desk.clock.now())
+        assert await halts.halted(conn, "bank") is None, "a chain's halt is not the bank's"
+        await halts.halt(conn, rail="payouts", actor="ada", reason="drill: all", now=desk.clock.now())
+    with pytest.raises(WrongState, match="drill: all"):
         await act(desk, "approve", second, actor="ada", reason="ok")
     refused = await act(desk, "refuse", second, actor="ada", reason="the bank knows no such account")
     assert refused.status is Status.REFUSED
