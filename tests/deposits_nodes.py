@@ -18,7 +18,7 @@ from chain.evm.rpc import JsonRpc
 from chain.localnet import evm as localnet
 from chain.localnet import settings as localnet_settings
 from chain.localnet.evm import Anvil, EvmDeployment
-from chain.networks import BASE
+from chain.networks import BASE, EVM_NETWORKS, SOLANA, Chain
 from chain.ports import ChainReader
 from chain.units import Micro
 from marketplace.deposits.booking import Rules
@@ -30,6 +30,7 @@ from marketplace.ledger import accounts
 from marketplace.ledger.accounts import read_balance
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.database import transaction
+from marketplace.platform.settings import ChainsConfig, EvmChainConfig, SolanaChainConfig
 
 EPOCH = 3
 LAG = 2 * EPOCH
@@ -141,3 +142,35 @@ async def a_base_town(engine: AsyncEngine, anvil: tuple[Anvil, EvmDeployment]) -
         address = localnet.address_of(os.urandom(32))
         town = await a_town(engine, EvmReader(BASE, rpc), there.safe, address, address)
         yield EvmTown(**vars(town), rpc=rpc)
+
+
+def chains_file(folder: Path, url: str, there: EvmDeployment) -> Path:
+    """Settings of a stack whose EVM chains are this node; its Solana is nowhere."""
+
+    def evm(chain: Chain) -> EvmChainConfig:
+        return EvmChainConfig(
+            rpc=(url,),
+            chain_id=EVM_NETWORKS[chain].chain_id,
+            usdc=EVM_NETWORKS[chain].usdc,
+            escrow=there.safe,
+            forwarder_factory=there.forwarder_factory,
+            multi_send=there.multi_send_call_only,
+            signers=there.owners,
+            threshold=2,
+        )
+
+    nobody = "1" * 32
+    solana = SolanaChainConfig(
+        rpc=(),
+        usdc_mint=SOLANA.usdc_mint,
+        multisig=nobody,
+        escrow=nobody,
+        nonce_account=nobody,
+        gas_payer=nobody,
+        signers=(nobody,),
+        threshold=1,
+    )
+    config = ChainsConfig(ethereum=evm(Chain.ETHEREUM), base=evm(Chain.BASE), solana=solana)
+    path = folder / "chains.json"
+    path.write_text(config.model_dump_json())
+    return path

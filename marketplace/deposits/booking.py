@@ -49,9 +49,9 @@ from marketplace.deposits.attribution import (
 from marketplace.deposits.early import EarlyCredit, end_loans, lend
 from marketplace.deposits.tables import deposits, support_cases, sweeps, taken_back, unsupported_deposits
 from marketplace.ledger import accounts, templates
-from marketplace.ledger.accounts import ensure_account
+from marketplace.ledger.accounts import ensure_accounts
 from marketplace.ledger.money import from_micro
-from marketplace.ledger.posting import lock_balances, post_transfer
+from marketplace.ledger.posting import BULK_MAX, lock_balances, post_transfers
 from marketplace.ledger.templates import Transfer
 from marketplace.notices.outbox import enqueue
 from marketplace.platform.ids import uuid7
@@ -554,9 +554,8 @@ def transaction_of(key: str) -> str:
 
 async def post_entries(conn: AsyncConnection, entries: Sequence[Transfer]) -> None:
     """Post all, their balances locked first in the ledger's order, so that nobody waits in a circle."""
-    names = sorted({account for entry in entries for account in (entry.debit, entry.credit)})
-    if not names:
-        return
-    await lock_balances(conn, [await ensure_account(conn, name) for name in names])
-    for entry in entries:
-        await post_transfer(conn, entry)
+    if len(entries) > BULK_MAX:  # else the ledger does it
+        names = {account for entry in entries for account in (entry.debit, entry.credit)}
+        await lock_balances(conn, (await ensure_accounts(conn, names)).values())
+    for start in range(0, len(entries), BULK_MAX):
+        await post_transfers(conn, entries[start : start + BULK_MAX])

@@ -18,14 +18,14 @@ chain took back shows as a difference between escrow and books (`service.audit`)
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
 import structlog
-from sqlalchemy import Row, delete, insert, select, text, update
+from sqlalchemy import Row, bindparam, delete, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from chain.deposits import Deposit, TakenBack, advance
@@ -54,14 +54,16 @@ from marketplace.deposits.errors import HistoryRefused, NotHalted
 from marketplace.deposits.tables import chain_cursors, deposits, sweeps, taken_back
 from marketplace.ledger import accounts, templates
 from marketplace.ledger.accounts import read_balance
-from marketplace.ledger.money import from_micro
-from marketplace.ledger.posting import find_transfer
+from marketplace.ledger.money import Nano, from_micro
+from marketplace.ledger.tables import transfers
 from marketplace.ledger.templates import Transfer
 from marketplace.notices.outbox import enqueue
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 
 BLOCKS_PER_READ: Final = 500
+PARAMETERS_MAX: Final = 5_000
+"""In one statement: the wire protocol carries 32,767."""
 TOLD_TRANSACTIONS_MAX: Final = 50
 _FREEZE: Final = text("UPDATE people SET frozen_at = coalesce(frozen_at, :now) WHERE id = :id")
 _log: Final = structlog.get_logger("marketplace.deposits")
@@ -118,12 +120,14 @@ async def accept_history(
             conn, before, newest, actor=actor, reason=f"above {from_height}: {reason}", now=now
         )
         await orphan_seen_above(conn, chain, from_height, now)
-        kept, lost, entries = await _compare(
-            conn, chain, from_height, _history(inbound, outbound, rules.escrow)
-        )
-        await post_entries(conn, entries)
-        for row, what in lost:
-            await _forget(conn, chain, row, what, actor=actor, reason=reason, now=now)
+        said = _history(inbound, outbound, rules.escrow)
+        kept, lost_sweeps, lost_deposits = await _compare(conn, chain, from_height, said)
+        refs = await ledger_refs(conn, chain, [row.key for row in lost_sweeps])
+        originals = [_sweep_of(chain, row, refs[row.key]) for row in lost_sweeps]
+        originals += [entry for row in lost_deposits for entry in _entries_of(chain, row)]
+        await _forget(conn, chain, lost_sweeps, lost_deposits, refs, actor=actor, reason=reason, now=now)
+        await _tell(conn, chain, lost_deposits, now)
+        await post_entries(conn, await _undo(conn, originals))
         arrived = [*inbound, *(found.transfer for found in foreign)]
         directory = await look_up(conn, chain, rules.escrow, arrived)
         await book_final(
@@ -131,9 +135,8 @@ async def accept_history(
         )
         await record_foreign(conn, chain, foreign, directory, now)
         await note_changes(conn, chain, changes, now)
-        frozen = await _freeze_below_zero(conn, chain, [row for row, what in lost if what == "deposit"], now)
-        await _tell(conn, chain, [row for row, what in lost if what == "deposit"], now)
-    keys = tuple(row.key for row, _ in lost)
+        frozen = await _freeze_below_zero(conn, chain, lost_deposits, now)
+    keys = tuple(row.key for row in (*lost_sweeps, *lost_deposits))
     _log.critical(
         "history accepted", chain=chain.value, height=from_height, actor=actor, taken_back=len(keys)
     )
@@ -213,38 +216,39 @@ def _history(inbound: Sequence[TransferSeen], outbound: Sequence[Departure], esc
 
 async def _compare(
     conn: AsyncConnection, chain: Chain, height: int, said: _Said
-) -> tuple[int, list[tuple[Row[Any], str]], list[Transfer]]:
-    """How many stay, which rows do not, and the entries that undo those; sweeps first."""
-    kept = 0
-    lost: list[tuple[Row[Any], str]] = []
-    entries: list[Transfer] = []
+) -> tuple[int, list[Row[Any]], list[Row[Any]]]:
+    """How many movements stay, and which sweeps and deposits do not; what stays takes its new block."""
     booked = select(sweeps).where(sweeps.c.chain == chain.value, sweeps.c.height > height)
-    for row in (await conn.execute(booked.order_by(sweeps.c.height.desc()).with_for_update())).all():
-        found = said.sweeps.get(row.key)
-        if found is not None and found[:2] == (row.from_address, row.amount_micro):
-            kept += 1
-            moved = update(sweeps).where(sweeps.c.chain == chain.value, sweeps.c.key == row.key)
-            await conn.execute(moved.values(height=found[2], block_hash=found[3]))
-            continue
-        refs = await ledger_refs(conn, chain, [row.key])
-        lost.append((row, "sweep"))
-        amount = from_micro(row.amount_micro)
-        entries += await _undo(conn, [templates.sweep(chain=chain.value, amount=amount, ref=refs[row.key])])
     final = select(deposits).where(
         deposits.c.chain == chain.value,
         deposits.c.status == Deposit.FINAL.value,
         deposits.c.height > height,
     )
-    for row in (await conn.execute(final.order_by(deposits.c.height.desc()).with_for_update())).all():
-        found = said.deposits.get(row.key)
-        if found is not None and found[:2] == (row.to_address, row.amount_micro):
-            kept += 1
-            moved = update(deposits).where(deposits.c.id == row.id)
-            await conn.execute(moved.values(height=found[2], block_hash=found[3]))
-            continue
-        lost.append((row, "deposit"))
-        entries += await _undo(conn, _entries_of(chain, row))
-    return kept, lost, entries
+    kept = 0
+    lost: list[list[Row[Any]]] = []
+    for table, found, account, statement in (
+        (sweeps, said.sweeps, "from_address", booked),
+        (deposits, said.deposits, "to_address", final),
+    ):
+        rows = (await conn.execute(statement.order_by(table.c.height.desc()).with_for_update())).all()
+        moved = [
+            {"movement": row.key, "to_height": found[row.key][2], "to_hash": found[row.key][3]}
+            for row in rows
+            if row.key in found and found[row.key][:2] == (getattr(row, account), row.amount_micro)
+        ]
+        if moved:
+            there = update(table).where(table.c.chain == chain.value, table.c.key == bindparam("movement"))
+            await conn.execute(
+                there.values(height=bindparam("to_height"), block_hash=bindparam("to_hash")), moved
+            )
+        kept += len(moved)
+        stays = {entry["movement"] for entry in moved}
+        lost.append([row for row in rows if row.key not in stays])
+    return kept, lost[0], lost[1]
+
+
+def _sweep_of(chain: Chain, row: Row[Any], ref: str) -> Transfer:
+    return templates.sweep(chain=chain.value, amount=from_micro(row.amount_micro), ref=ref)
 
 
 def _entries_of(chain: Chain, row: Row[Any]) -> list[Transfer]:
@@ -264,56 +268,82 @@ def _entries_of(chain: Chain, row: Row[Any]) -> list[Transfer]:
 
 async def _undo(conn: AsyncConnection, originals: Sequence[Transfer]) -> list[Transfer]:
     """Reversals of those that were posted."""
-    undone: list[Transfer] = []
-    for original in originals:
-        posted = await find_transfer(conn, original.kind, original.ref)
-        if posted is not None:
-            undone.append(
-                templates.reversal(
-                    of=posted.id,
-                    original=original,
-                    amount=posted.amount,
-                    ref=f"taken-back:{original.kind.value}:{original.ref}",
-                    note="its chain took it back",
-                    lifts_floor=True,
-                )
-            )
-    return undone
+    posted: dict[tuple[str, str], tuple[UUID, int]] = {}
+    refs = sorted({original.ref for original in originals})
+    kinds = {original.kind.value for original in originals}
+    for start in range(0, len(refs), PARAMETERS_MAX):
+        some = transfers.c.ref.in_(refs[start : start + PARAMETERS_MAX])
+        columns = transfers.c.kind, transfers.c.ref, transfers.c.id, transfers.c.amount
+        for kind, ref, identity, amount in await conn.execute(
+            select(*columns).where(some, transfers.c.kind.in_(kinds))
+        ):
+            posted[kind, ref] = identity, amount
+    return [
+        templates.reversal(
+            of=posted[original.kind.value, original.ref][0],
+            original=original,
+            amount=Nano(posted[original.kind.value, original.ref][1]),
+            ref=f"taken-back:{original.kind.value}:{original.ref}",
+            note="its chain took it back",
+            lifts_floor=True,
+        )
+        for original in originals
+        if (original.kind.value, original.ref) in posted
+    ]
 
 
 async def _forget(
-    conn: AsyncConnection, chain: Chain, row: Row[Any], what: str, *, actor: str, reason: str, now: datetime
+    conn: AsyncConnection,
+    chain: Chain,
+    lost_sweeps: Sequence[Row[Any]],
+    lost_deposits: Sequence[Row[Any]],
+    refs: Mapping[str, str],
+    *,
+    actor: str,
+    reason: str,
+    now: datetime,
 ) -> None:
-    refs = await ledger_refs(conn, chain, [row.key])
-    is_deposit = what == "deposit"
-    await conn.execute(
-        insert(taken_back).values(
-            chain=chain.value,
-            key=row.key,
-            what=what,
-            ref=row.transfer_ref if is_deposit else refs[row.key],
-            block_hash=row.block_hash,
-            amount_micro=row.amount_micro,
-            person_id=row.person_id if is_deposit else None,
-            actor=actor,
-            reason=reason[:1000],
-            at=now,
-        )
-    )
-    if not is_deposit:
-        await conn.execute(delete(sweeps).where(sweeps.c.chain == chain.value, sweeps.c.key == row.key))
+    """Take these out of what is final, keep them in `taken_back`, and open a case for each deposit."""
+    gone = [(row, "sweep", refs[row.key], None) for row in lost_sweeps]
+    gone += [(row, "deposit", row.transfer_ref, row.person_id) for row in lost_deposits]
+    if not gone:
         return
-    after = advance(as_known(row), TakenBack())
-    await conn.execute(
-        update(deposits)
-        .where(deposits.c.id == row.id)
-        .values(status=after.status.value, final_at=None, credited_at=None, transfer_ref=None, is_held=False)
-    )
-    detail = f"{Micro(row.amount_micro)} USDC to {row.to_address} in {row.tx} left {chain} after it was final"
-    if row.credited_at is not None:
-        detail += f"; taken back from {row.person_id}"
-    key = f"{decision_key(chain, row.transfer_ref)}/taken-back"
-    await open_case(conn, chain, kind="deposit_taken_back", key=key, detail=detail, now=now)
+    rows = [
+        {
+            "chain": chain.value,
+            "key": row.key,
+            "what": what,
+            "ref": ref,
+            "block_hash": row.block_hash,
+            "amount_micro": row.amount_micro,
+            "person_id": person,
+            "actor": actor,
+            "reason": reason[:1000],
+            "at": now,
+        }
+        for row, what, ref, person in gone
+    ]
+    await conn.execute(insert(taken_back), rows)
+    if lost_sweeps:
+        there = delete(sweeps).where(sweeps.c.chain == chain.value, sweeps.c.key == bindparam("movement"))
+        await conn.execute(there, [{"movement": row.key} for row in lost_sweeps])
+    for row in lost_deposits:
+        assert advance(as_known(row), TakenBack()).status is Deposit.ORPHANED
+    if lost_deposits:
+        orphaned = {"status": Deposit.ORPHANED.value, "is_held": False}
+        undated = dict.fromkeys(("final_at", "credited_at", "transfer_ref"))
+        statement = update(deposits).where(deposits.c.id == bindparam("row_id"))
+        await conn.execute(
+            statement.values(**orphaned, **undated), [{"row_id": row.id} for row in lost_deposits]
+        )
+    for row in lost_deposits:
+        detail = (
+            f"{Micro(row.amount_micro)} USDC to {row.to_address} in {row.tx} left {chain} after it was final"
+        )
+        if row.credited_at is not None:
+            detail += f"; taken back from {row.person_id}"
+        key = f"{decision_key(chain, row.transfer_ref)}/taken-back"
+        await open_case(conn, chain, kind="deposit_taken_back", key=key, detail=detail, now=now)
 
 
 async def _freeze_below_zero(

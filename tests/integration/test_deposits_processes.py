@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from deposits_nodes import chains_file
 from sqlalchemy import func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -20,7 +21,7 @@ from chain.evm.rpc import JsonRpc
 from chain.localnet import evm as localnet
 from chain.localnet import settings as localnet_settings
 from chain.localnet.evm import Anvil, EvmDeployment
-from chain.networks import BASE, EVM_NETWORKS, SOLANA, Chain
+from chain.networks import BASE
 from chain.units import Micro
 from marketplace.deposits.reconcile import check_chain
 from marketplace.deposits.tables import chain_cursors, deposit_addresses, deposits
@@ -28,12 +29,7 @@ from marketplace.ledger import accounts
 from marketplace.ledger.accounts import read_balance
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.database import transaction
-from marketplace.platform.settings import (
-    ChainsConfig,
-    EvmChainConfig,
-    SolanaChainConfig,
-    settings_environment,
-)
+from marketplace.platform.settings import settings_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.chains, pytest.mark.timeout(180)]
 
@@ -47,36 +43,6 @@ async def base(tmp_path: Path) -> AsyncIterator[tuple[JsonRpc, EvmDeployment]]:
     async with await Anvil.start(BASE, settings, tmp_path) as node, JsonRpc(node.url) as rpc:
         there = await localnet.deploy(rpc, BASE, settings, [localnet.address_of(key) for key in OWNERS])
         yield rpc, there
-
-
-def chains_file(folder: Path, url: str, there: EvmDeployment) -> Path:
-    def evm(chain: Chain) -> EvmChainConfig:
-        return EvmChainConfig(
-            rpc=(url,),
-            chain_id=EVM_NETWORKS[chain].chain_id,
-            usdc=EVM_NETWORKS[chain].usdc,
-            escrow=there.safe,
-            forwarder_factory=there.forwarder_factory,
-            multi_send=there.multi_send_call_only,
-            signers=there.owners,
-            threshold=2,
-        )
-
-    nobody = "1" * 32
-    solana = SolanaChainConfig(
-        rpc=(),
-        usdc_mint=SOLANA.usdc_mint,
-        multisig=nobody,
-        escrow=nobody,
-        nonce_account=nobody,
-        gas_payer=nobody,
-        signers=(nobody,),
-        threshold=1,
-    )
-    config = ChainsConfig(ethereum=evm(Chain.ETHEREUM), base=evm(Chain.BASE), solana=solana)
-    path = folder / "chains.json"
-    path.write_text(config.model_dump_json())
-    return path
 
 
 def start_watcher(database_url: str, chains: Path, log: Path) -> subprocess.Popen[bytes]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from deposits_nodes import CLOCK, LAG, EvmTown, Town, a_base_town, a_town, start_base
+from deposits_nodes import CLOCK, LAG, EvmTown, Town, a_base_town, a_town, chains_file, start_base
 from sqlalchemy.ext.asyncio import AsyncEngine
+from typer.testing import CliRunner, Result
 
 from chain.errors import Reverted
 from chain.localnet.evm import Anvil, EvmDeployment
@@ -25,7 +26,9 @@ from chain.solana.keystore import from_seed
 from chain.solana.reader import SolanaReader
 from chain.solana.rpc import LatestBlockhash, SolanaRpc
 from chain.units import Micro
+from marketplace.cli_deposits import deposits_app
 from marketplace.deposits.recovery import Accepted, accept_history
+from marketplace.platform.settings import settings_environment
 
 T = TypeVar("T")
 
@@ -173,6 +176,50 @@ async def solana(engine: AsyncEngine, tmp_path: Path) -> AsyncIterator[SolanaTow
         await rpc.call("dev_tick", [2 * SOLANA_LAG], int)
         town = await a_town(engine, SolanaReader(rpc), await making, payee.address, payee.token_account)
         yield SolanaTown(**vars(town), rpc=rpc, wallet=wallet)
+
+
+async def test_a_person_accepts_a_history_by_command(
+    base: EvmTown,
+    anvil: tuple[Anvil, EvmDeployment],
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chains = chains_file(tmp_path, anvil[0].url, anvil[1])
+    settings = {"database_url": database_url, "secret": "s" * 40, "chains_file": str(chains)}
+    for name, value in (settings_environment(settings) | {"COLUMNS": "300"}).items():
+        monkeypatch.setenv(name, value)
+
+    async def command(height: int) -> Result:
+        said = [
+            "accept-history",
+            "--chain",
+            "base",
+            "--from",
+            str(height),
+            "--as",
+            "ann",
+            "--reason",
+            "looked",
+        ]
+        return await asyncio.to_thread(CliRunner().invoke, deposits_app, said)
+
+    untouched = (await base.reader.head()).height
+    paid = await base.pay(9)
+    await base.mine(LAG)
+    await base.settle()
+    early = await command(untouched)
+    assert (early.exit_code, "not halted" in early.stderr) == (1, True)
+    await base.reorg(LAG + 1)
+    await base.mine(LAG + 2)
+    await base.settle()
+    wrong = await command(untouched + 10_000)
+    assert (wrong.exit_code, "choose a block" in wrong.stderr) == (1, True)
+    done = await command(untouched)
+    assert done.exit_code == 0, done.output
+    assert f"taken back  {paid}" in done.stdout
+    await base.settle()
+    assert (await base.statuses(), await base.is_halted()) == ({paid: "orphaned"}, False)
 
 
 @pytest.mark.parametrize("reuse", [True, False])
