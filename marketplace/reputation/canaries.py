@@ -13,14 +13,19 @@ from typing import Any, Final
 
 import aiohttp
 import msgspec
+from prometheus_client import Counter
 
 from marketplace.reputation.checks import Checks, Sample
-from marketplace.reputation.errors import ReferenceUnavailable
+from marketplace.reputation.errors import CanaryRefused, ReferenceUnavailable
 from marketplace.reputation.reference import read_whole
 from node_agent.protocol import NodeId
 
 DEADLINE_S: Final = 120
+REFUSED_STATUSES: Final = frozenset({401, 402, 403})
+"""With which the marketplace speaks of the account; whatever else goes wrong may be the node's doing."""
 ANSWER_BYTES_MAX: Final = 1024 * 1024
+
+CANARIES: Final = Counter("tollway_canaries_total", "Canary requests, by what came of them", ["outcome"])
 
 _ASKED: Final = (
     "Explain {thing} to a {reader}.",
@@ -75,7 +80,7 @@ class Canaries:
     async def send(self, offers: Sequence[tuple[NodeId, str]]) -> NodeId | None:
         """Ask one of `offers` (node and model) and check the answer; None if there was nobody or none.
 
-        Raises ReferenceUnavailable, Unscorable.
+        Raises CanaryRefused, ReferenceUnavailable, Unscorable.
         """
         if not offers:
             return None
@@ -93,6 +98,11 @@ class Canaries:
             async with self._http.post(
                 self._url, json=body, headers=self._headers, timeout=timeout, allow_redirects=False
             ) as answer:
+                if answer.status in REFUSED_STATUSES:
+                    CANARIES.labels("refused").inc()
+                    words = f"the canaries' account is refused ({answer.status}): see to its money and key"
+                    raise CanaryRefused(words)
+                CANARIES.labels("answered" if answer.status == 200 else "unanswered").inc()
                 if answer.status != 200:
                     return None  # a failing node shows in its success rate
                 data = await read_whole(answer, ANSWER_BYTES_MAX)

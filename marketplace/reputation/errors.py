@@ -2,6 +2,7 @@
 
 ReputationError
 ├── ReferenceUnavailable    the reference engine did not answer; nothing is known about the answer checked
+├── CanaryRefused           our own marketplace does not serve the canaries' account: no node is to blame
 ├── Unscorable              the reference engine, or we, cannot judge this answer
 └── DisputeRefused          business says no: `code` tells why
 """
@@ -15,6 +16,10 @@ class ReputationError(Exception):
 
 class ReferenceUnavailable(ReputationError):
     """No answer from the reference engine, or none that makes sense."""
+
+
+class CanaryRefused(ReputationError):
+    """The canaries' account has no money, or its key is not in use: somebody must see to it."""
 
 
 class Unscorable(ReputationError):

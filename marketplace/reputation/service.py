@@ -22,7 +22,7 @@ from marketplace.reputation import holds
 from marketplace.reputation.assess import assess
 from marketplace.reputation.canaries import Canaries
 from marketplace.reputation.checks import Checks
-from marketplace.reputation.errors import ReferenceUnavailable, Unscorable
+from marketplace.reputation.errors import CanaryRefused, ReferenceUnavailable, Unscorable
 from marketplace.reputation.reference import Reference
 from marketplace.routing.service import FabricService
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 ASSESS_EVERY_S: Final = 60.0
 SUSPEND_EVERY_S: Final = 2.0
-_FAULTS: Final = (OSError, SQLAlchemyError, TimeoutError, ReferenceUnavailable)
+_FAULTS: Final = (OSError, SQLAlchemyError, TimeoutError, ReferenceUnavailable, CanaryRefused)
 
 
 class ReputationService:

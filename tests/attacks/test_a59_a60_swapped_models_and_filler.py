@@ -30,6 +30,7 @@ from marketplace.reputation import facts
 from marketplace.reputation.assess import assess
 from marketplace.reputation.canaries import Canaries
 from marketplace.reputation.checks import Checks
+from marketplace.reputation.errors import CanaryRefused
 from marketplace.reputation.reference import Reference
 from marketplace.reputation.service import ReputationService
 from marketplace.reputation.standing import Policy
@@ -211,6 +212,12 @@ async def test_a59_canaries_look_like_traffic_and_are_paid_for(
         assert await canaries.send([]) is None
         for _ in range(3):
             assert await canaries.send([(swapped.node_id, MODEL)]) == swapped.node_id
+        async with transaction(gateway.owner) as connection:
+            poor = await create_person(connection, display_name="nobody paid in")
+            key = await create_key(connection, process.settings.secret, poor, "canaries", {"inference"})
+        for each, status in ((key, 402), (key[:-1] + "!", 401)):  # said aloud: nobody would be looked at
+            with pytest.raises(CanaryRefused, match=str(status)):
+                await Canaries(http, checks, api=gateway.url, key=each).send([(swapped.node_id, MODEL)])
     found = await rows(gateway)
     assert [(row.kind, row.is_suspicious) for row in found] == [("canary", True)] * 3
     usual, *canary = swapped.requests
