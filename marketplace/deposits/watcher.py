@@ -99,7 +99,7 @@ class Watcher:
     _caught_up_from_at: tuple[float, int] | None = None
     """Since when, and from which height, this watcher has been catching up."""
     _progress_told_at: float = 0.0
-    _final_since: tuple[int, float] | None = None
+    _final_moved_at: tuple[int, float] | None = None
     """The highest final block the node has told, and when it first did (monotonic seconds)."""
     _stall_told: bool = False
 
@@ -191,9 +191,9 @@ class Watcher:
     def _watch_finality(self, final: Header) -> None:
         """Say once when finality stalls.  Credits wait for it anyway; loans against it stop."""
         now = self.clock.monotonic()
-        if self._final_since is None or final.height > self._final_since[0]:
-            self._final_since, self._stall_told = (final.height, now), False
-        unmoved_s = now - self._final_since[1]
+        if self._final_moved_at is None or final.height > self._final_moved_at[0]:
+            self._final_moved_at, self._stall_told = (final.height, now), False
+        unmoved_s = now - self._final_moved_at[1]
         metrics.FINAL_UNMOVED.labels(self.rules.chain).set(unmoved_s)
         if unmoved_s > STALL_S and not self._stall_told:
             self._stall_told = True
