@@ -118,7 +118,7 @@ class Billing:
         assert answer is not None
         if usage.is_drifting:
             metrics.DRIFT.inc()
-            _log.warning("request %s: node %s counts otherwise than we do", session.request_id, node.node_id)
+            _log.warning("a node counts otherwise than we do", extra=session.log_fields)
             self._receipts.drifted(
                 Drift(
                     session.request_id, node_uuid(node.node_id), session.model,
@@ -232,8 +232,8 @@ class Billing:
                     continue
                 return
             _log.critical(
-                "request %s: what it costs could not be posted (%d and %d tokens)",
-                session.request_id, usage.tokens_in, usage.tokens_out,
+                "what a request costs could not be posted (%d and %d tokens)",
+                usage.tokens_in, usage.tokens_out, extra=session.log_fields,
             )  # fmt: skip
         finally:
             if hold is not None:

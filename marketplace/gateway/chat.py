@@ -192,7 +192,7 @@ class ChatService:
                 "will show in your usage once it is",
             ))  # fmt: skip
         except (LedgerFault, KeysUnavailable) as e:
-            _log.warning("request %s: %s", session.request_id, type(e).__name__)
+            _log.warning("billing is unavailable: %s", type(e).__name__, extra=session.log_fields)
             self._refuse(responder, session, Refusal(
                 503, "ledger_unavailable", "billing is briefly unavailable; try again",
                 retry_after_s=LEDGER_RETRY_AFTER_S,
@@ -201,7 +201,7 @@ class ChatService:
             await self._stopped(responder, session)
             raise
         except Exception as e:  # the last line of defence: no buyer is left without an answer
-            _log.error("request %s failed", session.request_id, exc_info=_without_text(e))
+            _log.error("a request failed", exc_info=_without_text(e), extra=session.log_fields)
             self._refuse(responder, session, Refusal(500, "internal_error", "an error of ours; it is logged"))
 
     def _refuse(self, responder: Responder, session: Session, refusal: Refusal) -> None:
@@ -451,7 +451,7 @@ class ChatService:
                 await self._relay_from(node, responder, session, body)
             except RequestBroken as e:
                 failure = e
-                _log.info("request %s: %s: %s", session.request_id, node.node_id, type(e).__name__)
+                _log.info("a node failed a request: %s", type(e).__name__, extra=session.log_fields)
                 if not session.answer.is_whole:  # else only the node's last word is missing
                     if session.has_streamed:
                         await self._end_broken(responder, session)

@@ -383,7 +383,10 @@ class Idempotency:
                 else:
                     await connection.execute(_FREE, values)
         except _FAULTS as e:  # the claim lapses; who comes then finds the charge, or none
-            _log.warning("request %s: its idempotency key: %s", claim.request_id, type(e).__name__)
+            _log.warning(
+                "an idempotency key's answer is not kept: %s", type(e).__name__,
+                extra={"request_id": str(claim.request_id)},
+            )  # fmt: skip
         finally:
             self._running.discard(claim.request_id)
 

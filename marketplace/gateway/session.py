@@ -66,6 +66,14 @@ class Session:
     status: int = 0
 
     @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line about this request carries; nothing of its content."""
+        fields = {"request_id": str(self.request_id)}
+        if self.node is not None:
+            fields["node"] = self.node.node_id
+        return fields
+
+    @property
     def is_stream(self) -> bool:
         return self.request is not None and self.request.is_stream
 

@@ -1,4 +1,7 @@
-"""Structured logs: one JSON object a line, on standard error.  Never prompts, completions or secrets."""
+"""Structured logs: one JSON object a line, on standard error.  Never prompts, completions or secrets.
+
+Fields besides the text: structlog's keywords, or `extra` of the standard loggers (`request_id`, `node`, …).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def configure_logging(process: str, *, is_readable: bool = False) -> None:
         return event
 
     formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=shared,
+        foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, add_process, renderer],
     )
     handler = logging.StreamHandler(sys.stderr)
