@@ -199,6 +199,9 @@ class Service:
         async def on_error(error: Exception) -> None:
             self._complain(str(error) or type(error).__name__)
 
+        async def on_disconnected() -> None:
+            self._give_up_answers()
+
         async def on_connected() -> None:
             _log.info("connected to %s", self.config.nats_url)
             self._wake_status.set()
@@ -211,6 +214,7 @@ class Service:
             ping_interval=10,
             max_outstanding_pings=3,
             closed_cb=on_closed,
+            disconnected_cb=on_disconnected,
             error_cb=on_error,
             reconnected_cb=on_connected,
         )
@@ -229,6 +233,13 @@ class Service:
         )
         await on_connected()
 
+    def _give_up_answers(self) -> None:
+        """Abort what was asked over a connection that is gone: NATS lets nobody answer it over the next."""
+        if self._relays:
+            _log.warning("the connection broke under %d requests; they are given up", len(self._relays))
+        for relay in list(self._relays.values()):
+            relay.cancel()
+
     def _complain(self, text: str) -> None:
         """Log a connection trouble, the same one not more than twice a minute."""
         text = " ".join(text.split()) or "unknown trouble"
@@ -239,7 +250,9 @@ class Service:
             self._complaint = (text, time.monotonic())
 
     async def _publish(self, subject: str, data: bytes, reply: str = "") -> None:
-        """Publish; raises `ConnectionError` when the fabric is gone for long."""
+        """Publish; raises `ConnectionError` when there is no connection: nothing is kept for the next one."""
+        if not self._nats.is_connected:
+            raise ConnectionError("not connected")
         try:
             await self._nats.publish(subject, data, reply)
         except nats.errors.Error as error:

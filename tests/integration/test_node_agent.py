@@ -682,6 +682,44 @@ async def test_agent_returns_when_the_fabric_does(engine: FakeEngine, tmp_path: 
     await asyncio.wait_for(running, 15)
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "gathering"])
+async def test_a_killed_fabric_ends_what_was_asked_over_it(
+    engine: FakeEngine, tmp_path: Path, stream: bool
+) -> None:
+    """NATS lets nobody answer over a new connection what came over the old: it would be work for nothing."""
+    port = free_port()
+    model = Model(name="m", input=Decimal(1), output=Decimal(2), context=2048, engine_name="engine-name")
+    settings = EngineSettings(name="fake", kind="attach", url=engine.url, models=[model])
+    config = Config(
+        node_id=NODE, api="http://127.0.0.1:1", nats_url=f"nats://127.0.0.1:{port}", engines=[settings]
+    )
+    service = Service(config, create_identity(tmp_path), tmp_path, version="test")
+    server = start_server(port, tmp_path / "nats.log")
+    running = asyncio.create_task(service.run())
+    gateway = await nats.connect(config.nats_url, allow_reconnect=False)
+    statuses = await gateway.subscribe(protocol.status_subject(NODE))
+    while not protocol.decode_status((await statuses.next_msg(15)).data).models[0].is_ready:
+        pass
+    engine.words, engine.gap_seconds = ["word "] * 10_000, 0.02
+    warmed = engine.started
+    await Reply(gateway, stream=stream, credit=100_000).send()
+    async with asyncio.timeout(10):
+        while engine.started == warmed:
+            await asyncio.sleep(0.02)
+    engine.aborted.clear()
+    server.kill()
+    server.wait()
+    async with asyncio.timeout(10):
+        await engine.aborted.wait()
+        while service._relays:
+            await asyncio.sleep(0.02)
+    service.stop()
+    await asyncio.wait_for(running, 20)
+    await gateway.close()
+    entries = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert [entry["outcome"] for entry in entries] == [protocol.FailureCode.CANCELLED]
+
+
 async def test_several_engines_and_models_each_by_its_own_name(
     engine: FakeEngine, gateway: Client, nats_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
