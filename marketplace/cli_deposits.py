@@ -131,14 +131,42 @@ def screen(
     from marketplace.deposits import decisions
     from marketplace.platform.database import transaction
 
+    decide = decisions.unscreen_sender if lift else decisions.screen_sender
+
     async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> None:
         async with transaction(engine) as conn:
-            if lift:
-                await decisions.unscreen_sender(conn, address)
-            else:
-                await decisions.screen_sender(conn, address, actor=actor, reason=reason, now=clock.now())
+            await decide(conn, address, actor=actor, reason=reason, now=clock.now())
 
     _book(data_dir, work)
+
+
+@deposits_app.command("retire")
+def retire(
+    person: Annotated[UUID, typer.Argument(help="Whose address: a person's id.")],
+    chain: ChainOption,
+    actor: Actor,
+    reason: Reason,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
+    """Retire a person's address (Ethereum and Base share one): his next request makes a new one.
+
+    What still arrives at the old one waits for a decision.
+    """
+    from marketplace.deposits.addresses import retire_address
+    from marketplace.deposits.directory import family_of
+    from marketplace.platform.database import transaction
+
+    async def work(engine: AsyncEngine, _: ChainsConfig, clock: Clock) -> Any:
+        async with transaction(engine) as conn:
+            return await retire_address(
+                conn, person, family_of(chain), actor=actor, reason=reason, now=clock.now()
+            )
+
+    retired = _book(data_dir, work)
+    if retired is None:
+        err.print(f"[red]tollway:[/] {person} has no address on {chain}")
+        raise typer.Exit(1)
+    out.print(f"retired  {retired}")
 
 
 @deposits_app.command("halt")

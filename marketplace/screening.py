@@ -13,8 +13,6 @@ from typing import Final
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from chain.errors import BadAddress
-from chain.evm.addresses import parse_address
 from marketplace.deposits import decisions
 from marketplace.deposits.tables import screened_senders
 from marketplace.platform.clock import Clock
@@ -30,21 +28,13 @@ async def refresh(engine: AsyncEngine, clock: Clock, file: Path) -> int:
     sanctions.BadList leaves both lists as they were.
     """
     addresses = await asyncio.to_thread(sanctions.read_list, file)
-    now, senders = clock.now(), {_spelled(address) for address in addresses}
+    now, senders = clock.now(), {decisions.spelled(address) for address in addresses}
     async with transaction(engine) as conn:
         await sanctions.refresh(conn, addresses, source=file.name, now=now)
         t = screened_senders.c
         before = set(await conn.scalars(select(t.address).where(t.added_by == ACTOR)))
         for address in sorted(before - senders):
-            await decisions.unscreen_sender(conn, address)
+            await decisions.unscreen_sender(conn, address, actor=ACTOR, reason=file.name, now=now)
         for address in sorted(senders - before):
             await decisions.screen_sender(conn, address, actor=ACTOR, reason=file.name, now=now)
     return len(addresses)
-
-
-def _spelled(address: str) -> str:
-    """As the readers spell a sender: EVM addresses with their checksum, others as they are."""
-    try:
-        return parse_address(address)
-    except BadAddress:
-        return address

@@ -177,22 +177,24 @@ def _pay_url(chains: ChainsConfig, reference: str, amount: Micro | None) -> str:
     )
 
 
-async def retire_address(conn: AsyncConnection, person_id: UUID, family: Family, *, now: datetime) -> bool:
+async def retire_address(
+    conn: AsyncConnection, person_id: UUID, family: Family, *, actor: str, reason: str, now: datetime
+) -> str | None:
     """Stop using the person's address: what still arrives there goes to `unattributed` with a case.
 
-    The next request makes a new one.
+    Gives it, or None if he has none; the next request makes a new one.
     """
-    retired = await conn.scalar(
+    retired: str | None = await conn.scalar(
         update(deposit_addresses)
         .where(
             deposit_addresses.c.person_id == person_id,
             deposit_addresses.c.chain_family == family,
             deposit_addresses.c.retired_at.is_(None),
         )
-        .values(retired_at=now)
+        .values(retired_at=now, retired_by=actor, retire_reason=reason[:1000])
         .returning(deposit_addresses.c.address)
     )
-    return retired is not None
+    return retired
 
 
 async def _active(conn: AsyncConnection, person_id: UUID, family: Family) -> str | None:

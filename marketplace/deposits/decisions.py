@@ -15,6 +15,8 @@ from sqlalchemy import Row, and_, delete, insert, or_, select, text, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from chain.errors import BadAddress
+from chain.evm.addresses import parse_address
 from chain.networks import Chain
 from chain.units import Micro
 from marketplace.deposits.alarms import HALTED
@@ -25,6 +27,7 @@ from marketplace.deposits.tables import (
     deposit_decisions,
     deposits,
     screened_senders,
+    screening_decisions,
     support_cases,
 )
 from marketplace.ledger import templates
@@ -119,16 +122,44 @@ async def screen_sender(
     conn: AsyncConnection, address: str, *, actor: str, reason: str, now: datetime
 ) -> None:
     """Set aside what this address sends from now on, until a person decides each time (A20)."""
-    await conn.execute(
+    address = spelled(address)
+    added = await conn.scalar(
         postgresql.insert(screened_senders)
         .values(address=address, reason=reason[:1000], added_by=actor, added_at=now)
         .on_conflict_do_nothing()
+        .returning(screened_senders.c.address)
     )
+    if added is not None:
+        await _journal_screening(conn, address, "screen", actor, reason, now)
 
 
-async def unscreen_sender(conn: AsyncConnection, address: str) -> None:
+async def unscreen_sender(
+    conn: AsyncConnection, address: str, *, actor: str, reason: str, now: datetime
+) -> None:
     """Take an address off the list."""
-    await conn.execute(delete(screened_senders).where(screened_senders.c.address == address))
+    address = spelled(address)
+    taken = await conn.scalar(
+        delete(screened_senders)
+        .where(screened_senders.c.address == address)
+        .returning(screened_senders.c.address)
+    )
+    if taken is not None:
+        await _journal_screening(conn, address, "lift", actor, reason, now)
+
+
+def spelled(address: str) -> str:
+    """As the readers spell a sender: EVM addresses with their checksum, others as they are."""
+    try:
+        return parse_address(address)
+    except BadAddress:
+        return address
+
+
+async def _journal_screening(
+    conn: AsyncConnection, address: str, action: str, actor: str, reason: str, now: datetime
+) -> None:
+    row = {"address": address, "action": action, "actor": actor, "reason": reason[:1000], "at": now}
+    await conn.execute(insert(screening_decisions).values(row))
 
 
 async def _journal(

@@ -36,6 +36,8 @@ deposit_addresses: Final = Table(
     Column("pool_index", Integer),
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("retired_at", DateTime(timezone=True)),
+    Column("retired_by", Text),
+    Column("retire_reason", Text),
 )
 
 solana_pool: Final = Table(
@@ -237,6 +239,17 @@ screened_senders: Final = Table(
     Column("reason", Text, nullable=False),
     Column("added_by", Text, nullable=False),
     Column("added_at", DateTime(timezone=True), nullable=False),
+)
+
+screening_decisions: Final = Table(
+    "screening_decisions",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("address", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
 )
 
 early_credits: Final = Table(

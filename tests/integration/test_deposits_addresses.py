@@ -27,6 +27,7 @@ from marketplace.deposits.tables import (
     deposit_addresses,
     deposit_intents,
     deposits,
+    screening_decisions,
     solana_pool,
     support_cases,
     sweeps,
@@ -48,7 +49,7 @@ TABLES = [
     deposits,
     solana_pool,
 ]
-TABLES += [support_cases, sweeps, taken_back]
+TABLES += [support_cases, sweeps, taken_back, screening_decisions]
 
 
 async def make_evm(engine: AsyncEngine, person: uuid.UUID) -> str:
@@ -83,8 +84,9 @@ async def test_a_retired_address_is_replaced_and_still_watched(engine: AsyncEngi
     person = uuid.uuid4()
     first = await make_evm(engine, person)
     async with transaction(engine) as conn:
-        assert await retire_address(conn, person, "evm", now=NOW)
-        assert not await retire_address(conn, person, "evm", now=NOW)
+        why = {"actor": "ann", "reason": "leaked", "now": NOW}
+        assert await retire_address(conn, person, "evm", **why) == first
+        assert await retire_address(conn, person, "evm", **why) is None
     second = await make_evm(engine, person)
     assert second != first
     known = KnownAddresses(Chain.BASE, "escrow")

@@ -26,7 +26,7 @@ from marketplace.cli_deposits import deposits_app
 from marketplace.deposits import service
 from marketplace.deposits.cursor import load_cursor
 from marketplace.deposits.early import EarlyCredit
-from marketplace.deposits.tables import chain_cursors, chain_halts
+from marketplace.deposits.tables import chain_cursors, chain_halts, deposit_addresses, screening_decisions
 from marketplace.deposits.watcher import PROGRESS_EVERY_S, STALL_S
 from marketplace.platform.database import connect, transaction
 from marketplace.platform.errors import SetupFault
@@ -283,6 +283,39 @@ async def test_a_person_explains_halts_and_resumes_by_command(
             select(chain_halts.c.action, chain_halts.c.actor).order_by(chain_halts.c.id)
         )
         assert [tuple(row) for row in journal] == [("halt", "ann"), ("resume", "ann")]
+
+
+async def test_a_person_retires_an_address_and_screens_a_sender_by_command(
+    bench: Bench, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(database_url, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    why = ("--as", "ann", "--reason", "a drill")
+
+    async def command(*arguments: str) -> Result:
+        return await asyncio.to_thread(CliRunner().invoke, deposits_app, [*arguments, *why])
+
+    person, address = await bench.a_buyer()
+    watcher = await start(bench)
+    sender = "0xd8dA6BF26964aF9D7eEd9e03E53415D37aA96045"  # as readers spell it
+    assert (await command("screen", sender.lower())).exit_code == 0
+    await final(bench, watcher, bench.pays(address, 7, sender=sender))
+    assert (await command("screen", sender.lower(), "--lift")).exit_code == 0
+    await final(bench, watcher, bench.pays(address, 8, sender=sender))
+    assert await bench.buyer(person) == 8_000_000_000
+    done = await command("retire", str(person), "--chain", "base")
+    assert (done.exit_code, address in done.stdout) == (0, True)
+    assert (await command("retire", str(person), "--chain", "ethereum")).exit_code == 1  # the same one
+    await final(bench, watcher, bench.pays(address, 9))
+    assert await bench.buyer(person) == 8_000_000_000
+    assert sorted(await bench.cases()) == ["retired_address", "screened_sender"]
+    async with transaction(bench.engine) as conn:
+        rows = await conn.execute(select(screening_decisions).order_by(screening_decisions.c.id))
+        journal = [(row.address, row.action, row.actor, row.reason) for row in rows]
+        said = await conn.execute(select(deposit_addresses.c.retired_by, deposit_addresses.c.retire_reason))
+        assert [tuple(row) for row in said] == [("ann", "a drill")]
+    assert journal == [(sender, "screen", "ann", "a drill"), (sender, "lift", "ann", "a drill")]
+    await bench.books_hold()
 
 
 async def test_halting_one_chain_leaves_the_others(engine: AsyncEngine) -> None:
