@@ -156,3 +156,23 @@ async def test_a_sweep_whose_nonce_another_took_is_made_anew(field: Field) -> No
     await localnet.mine(field.rpc, LAG + 1)
     await field.settle()
     assert await field.swept() == [second]
+
+
+async def test_an_older_offer_that_lands_after_all_is_this_sweep(field: Field) -> None:
+    await field.base_fee(GWEI // 100)
+    await field.rpc.call("evm_setAutomine", False, shape=msgspec.Raw)
+    first = await field.sweeper.tick()
+    assert first is not None
+    raw = await field.rpc.call("eth_getRawTransactionByHash", first, shape=str)
+    field.clock.seconds += REBROADCAST_S
+    assert await field.sweeper.tick() is None
+    (second,) = await field.pooled()
+    await field.rpc.call("anvil_dropTransaction", second, shape=msgspec.Raw)
+    await field.rpc.call("eth_sendRawTransaction", raw, shape=str)
+    await localnet.mine(field.rpc, 1)
+    field.clock.seconds += REBROADCAST_S
+    assert await field.sweeper.tick() is None  # not another one, for gas and nothing
+    await localnet.mine(field.rpc, LAG)
+    await field.settle()
+    assert await field.swept() == [first]
+    assert await field.sweeper.tick() is None
