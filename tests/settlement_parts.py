@@ -194,14 +194,15 @@ class Desk:
         """The books: closed, nothing held without a request, in flight = live batch, escrow = chain."""
         async with transaction(self.engine) as conn:
             assert sum(total.n for total in (await total_by_kind(conn)).values()) == 0
-            live = await batches.live_batch(conn, Chain.BASE)
+            live = [await batches.live_batch(conn, chain) for chain in Chain]
             held = (await conn.execute(text("SELECT coalesce(sum(held), 0) FROM balances"))).scalar_one()
             waiting = await conn.execute(
                 text("SELECT coalesce(sum(amount_micro), 0) FROM withdrawals WHERE status = 'requested'")
             )
             assert held == waiting.scalar_one() * 1000
-        in_flight = await self.posted(ledger_accounts.payouts_in_flight("base"))
-        assert in_flight == (0 if live is None else live.total.n * 1000)
+        for chain, batch in zip(Chain, live, strict=True):
+            in_flight = await self.posted(ledger_accounts.payouts_in_flight(chain.value))
+            assert in_flight == (0 if batch is None else batch.total.n * 1000), chain
 
 
 class Stop(Exception):

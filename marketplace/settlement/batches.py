@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, Literal
 from uuid import UUID
 
 from sqlalchemy import Row, func, select, update
@@ -81,15 +81,20 @@ class Broadcast:
     final_block_hash: str | None
 
 
-def lock_key(purpose: str, chain: Chain) -> int:
+def lock_key(purpose: str, chain: Chain | Literal["all"]) -> int:
     """Give the advisory lock's key (int64) for a purpose on a chain."""
-    digest = hashlib.sha256(f"tollway settlement {purpose} {chain.value}".encode()).digest()
+    digest = hashlib.sha256(f"tollway settlement {purpose} {chain}".encode()).digest()
     return int.from_bytes(digest[:8], signed=True)
 
 
 async def lock_chain(conn: AsyncConnection, chain: Chain) -> None:
     """Wait until no other transaction plans or ends a batch of this chain; held until ours ends."""
     await conn.execute(select(func.pg_advisory_xact_lock(lock_key("batches", chain))))
+
+
+async def lock_day(conn: AsyncConnection) -> None:
+    """Wait until nobody else plans on any chain, after `lock_chain`: a day has one maximum for all."""
+    await conn.execute(select(func.pg_advisory_xact_lock(lock_key("day", "all"))))
 
 
 async def find_batch(conn: AsyncConnection, batch_id: UUID) -> Batch:

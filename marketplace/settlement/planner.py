@@ -9,7 +9,7 @@ Two transactions with the dry run between them, so that none is open across a ca
 Whoever asked may have lost the right to it since.  In bad standing his request waits, and says so; over
 today's KYC limits, on a sanctions list or not payable on chain it fails, with the reason, and he is told.
 
-The write is READ COMMITTED under locks (chain, requests, then every balance in account order), not
+The write is READ COMMITTED under locks (chain, day, requests, then every balance in account order), not
 SERIALIZABLE: the poster changes operators' balances many times a second, and a serializable write is
 refused whenever one of its 300 operators earned something meanwhile.  With the locks nothing is left to
 serialize.
@@ -45,7 +45,7 @@ from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.platform.ids import uuid7
 from marketplace.settlement import halts, payout_rules, people, sanctions
-from marketplace.settlement.batches import live_batch, lock_chain
+from marketplace.settlement.batches import live_batch, lock_chain, lock_day
 from marketplace.settlement.digest import batch_digest, merkle_root
 from marketplace.settlement.dry_run import prepare
 from marketplace.settlement.errors import PlanRefused
@@ -295,6 +295,7 @@ async def _write(
     now: datetime,
 ) -> Planned | None:
     await lock_chain(conn, rail.chain)
+    await lock_day(conn)
     await _check_free(conn, rail.chain)
     await _lock_requests(conn, candidates)
     if not (await _barred(conn, candidates)).keys() <= refused.keys():

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from chain.networks import Chain
 from chain.payouts import Payout
 from chain.units import Micro
+from marketplace.ledger import accounts as ledger_accounts
+from marketplace.ledger.accounts import ensure_account
 from marketplace.ledger.money import Nano
 from marketplace.platform.database import transaction
-from marketplace.settlement import batches, kyc, payout_rules, sanctions, statement, treasury
+from marketplace.settlement import (
+    address_book,
+    batches,
+    kyc,
+    payout_rules,
+    planner,
+    sanctions,
+    statement,
+    treasury,
+    withdrawals,
+)
 from marketplace.settlement.digest import is_included, merkle_proof
 from marketplace.settlement.errors import PlanRefused
 from marketplace.settlement.payout_rules import PayoutRules
 from marketplace.settlement.sanctions import BadList, Sanctioned
+from marketplace.settlement.simulated_rail import SimulatedRail
 from marketplace.settlement.treasury import ChainCover, Cover
 from marketplace.settlement.withdrawals import Status
-from tests.settlement_parts import LIMITS, Desk, run_out
+from tests.settlement_parts import LIMITS, Desk, earn, run_out
 
 
 @pytest.fixture
@@ -145,6 +160,50 @@ async def test_a_day_has_a_maximum(desk: Desk) -> None:
     assert refused.value.code == "daily_max"
     desk.clock.pass_s(86_400)
     assert (await desk.plan()).count == 1
+
+
+async def test_a_day_has_one_maximum_for_all_chains_however_they_meet(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two settlers freeze at the same moment, each having seen room for its own batch."""
+    await rule(desk, PayoutRules(Micro(10**12), 3, Micro(50_000_000)))
+    ann, ben = await desk.operator(40), await desk.operator(40)
+    await desk.request(ann, 40)
+    await earn(desk.engine, ben, 40, Chain.ETHEREUM)
+    async with transaction(desk.engine) as conn:
+        for (
+            chain
+        ) in Chain:  # there since the first batch; making accounts lets one planner wait for the other
+            await ensure_account(conn, ledger_accounts.payouts_in_flight(chain.value))
+        await address_book.add(
+            conn, person=ben, chain=Chain.ETHEREUM, text=desk.address_of(ben), forbidden=(), cooling_s=0,
+            now=desk.clock.now(),
+        )  # fmt: skip
+        await withdrawals.request(
+            conn, person=ben, chain=Chain.ETHEREUM, address=desk.address_of(ben), amount=Micro(40 * 10**6),
+            key="k", limits=LIMITS, now=desk.clock.now(),
+        )  # fmt: skip
+    both, left_today = asyncio.Barrier(2), payout_rules.left_today
+
+    async def looks_and_ponders(conn: AsyncConnection, *, now: datetime) -> Micro:
+        found = await left_today(conn, now=now)
+        await asyncio.sleep(0.2)  # long enough for the other to look too, if he may
+        return found
+
+    monkeypatch.setattr(payout_rules, "left_today", looks_and_ponders)
+
+    async def meet() -> None:
+        await asyncio.wait_for(both.wait(), 60)
+
+    rails = [desk.rail, SimulatedRail(chain=Chain.ETHEREUM)]
+    for rail in rails:
+        rail.meanwhile = [meet]
+    outcomes = await asyncio.gather(
+        *(planner.plan(desk.engine, rail, desk.clock, planned_by="ada") for rail in rails),
+        return_exceptions=True,
+    )
+    assert [o.code for o in outcomes if isinstance(o, PlanRefused)] == ["daily_max"]
+    assert sum(isinstance(o, planner.Planned) for o in outcomes) == 1
 
 
 async def test_a_sanctioned_address_is_neither_added_nor_paid(desk: Desk, tmp_path: Path) -> None:
