@@ -1,8 +1,9 @@
 """What a gateway writes beside each charge: hashes for its receipt, and drift.
 
-Rows wait a millisecond for company and go in one statement on a connection of their own, while the poster
-commits the charges; the statement does not wait for the disk (`synchronous_commit = off`), since the commit
-of the charges, which the buyer waits for, writes the log up to there or a fraction of a second more.
+Rows go in one statement on a connection of their own, while the poster commits the charges; where fewer
+wait than went the last time, a millisecond is left to the others.  The statement does not wait for the disk
+(`synchronous_commit = off`), since the commit of the charges, which the buyer waits for, writes the log up to
+there or a fraction of a second more.
 A row that cannot be written for `PATIENCE_S` is given up: its receipt then has no hashes, and says so.
 """
 
@@ -73,6 +74,7 @@ class ReceiptWriter:
         self._patience_s = patience_s
         self._hashes: deque[tuple[Hashes, asyncio.Future[bool]]] = deque()
         self._drifts: deque[Drift] = deque(maxlen=QUEUE_MAX)
+        self._last_rows = 0
         self._work = asyncio.Event()
         self._connection: AsyncConnection | None = None
         self._driver: asyncpg.Connection[asyncpg.Record] | None = None
@@ -118,8 +120,9 @@ class ReceiptWriter:
                     return
                 self._work.clear()
                 await self._work.wait()
-            if not self._is_closing:
+            if len(self._hashes) < self._last_rows and not self._is_closing:
                 await asyncio.sleep(WINDOW_S)
+            self._last_rows = len(self._hashes)
             await self._write_hashes()
             await self._write_drifts()
 
