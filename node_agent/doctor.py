@@ -230,6 +230,10 @@ async def _fabric(config: Config, identity: Identity | None, running: LocalStatu
         told = str(error) or "no answer"
         if "authorization" in told.lower():
             advice = f"This node is not known there or was revoked. {ENROLL_FIRST}"
+        elif "certificate" in told.lower() or "nats_ca" in told:
+            advice = (
+                'Name the fabric\'s authority in the settings: nats_ca = "FILE.pem"; and check the clock.'
+            )
         return [Finding("fabric", "failed", f"{config.nats_url}: {told}", advice)]
     return [Finding("fabric", "ok", f"{config.nats_url} lets this node in")]
 

@@ -4,6 +4,7 @@
 certificate against the system's authorities, or against the file `nats_ca` names.
 """
 
+import asyncio
 import contextlib
 import ssl
 from pathlib import Path
@@ -16,6 +17,7 @@ from node_agent.config import Config, ConfigError
 from node_agent.identity import Identity
 
 CONNECT_SECONDS_MAX: Final = 5
+CLOSE_SECONDS_MAX: Final = 1
 
 
 class FabricRefusedError(Exception):
@@ -67,5 +69,7 @@ async def try_connection(config: Config, identity: Identity) -> None:
         told = " ".join(str(errors[-1] if errors else error).split()) or type(error).__name__
         raise FabricRefusedError(told) from error
     finally:
+        # Where TLS failed, nats-py's `close` waits for ever, and with it the error that says why.
         with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            await client.close()
+            async with asyncio.timeout(CLOSE_SECONDS_MAX):
+                await client.close()

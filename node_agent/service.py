@@ -24,7 +24,7 @@ from node_agent.config import CONFIG_FILE, Config, ConfigError, EngineSettings, 
 from node_agent.engines import Engine, EngineState
 from node_agent.engines.attach import AttachEngine
 from node_agent.engines.spawn import SpawnEngine
-from node_agent.fabric_link import connect_options
+from node_agent.fabric_link import CLOSE_SECONDS_MAX, connect_options
 from node_agent.files import write_private
 from node_agent.identity import Identity
 from node_agent.journal import Journal
@@ -172,10 +172,11 @@ class Service:
 
     async def _disconnect(self) -> None:
         """Send what is still to be sent and close, whatever state the connection is in."""
-        for step in (self._nats.flush, self._nats.close):
+        is_connected = self._nats.is_connected
+        for step in (self._nats.flush, self._nats.close) if is_connected else (self._nats.close,):
             # nats-py asserts that it was begun, which settings it cannot begin with prevent
             with contextlib.suppress(nats.errors.Error, OSError, TimeoutError, AssertionError):
-                async with asyncio.timeout(DISCONNECT_SECONDS_MAX):
+                async with asyncio.timeout(DISCONNECT_SECONDS_MAX if is_connected else CLOSE_SECONDS_MAX):
                     await step()
 
     # -- the fabric -----------------------------------------------------------------------

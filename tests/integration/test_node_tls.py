@@ -19,6 +19,7 @@ from marketplace.platform.nats_configuration import Tls
 from marketplace.platform.processes import free_port
 from marketplace.routing.service import FabricService
 from node_agent.config import CONFIG_FILE, write_settings
+from node_agent.doctor import examine
 from node_agent.files import write_private
 from node_agent.identity import KEY_FILE
 from node_agent.service import STATUS_FILE
@@ -99,6 +100,8 @@ async def test_the_agent_comes_in_by_the_right_authority_and_by_no_other_way(
         async with agent(node) as log:
             await _until_said(log, "certificate verify failed")
         assert not is_here()
+        (told,) = [finding for finding in await examine(node, None) if finding.check == "fabric"]
+        assert (told.state, "nats_ca" in told.advice) == ("failed", True), told
     settings(url, fabric.tls.ca)
     async with agent(node) as log:
         await _until_said(log, f"connected to {url}")
