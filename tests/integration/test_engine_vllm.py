@@ -35,10 +35,17 @@ CANARY = "canary_vllm_2d7f"
 
 
 class Stack:
-    def __init__(self, nats_url: str, agent: "subprocess.Popen[bytes]", folder: Path) -> None:
-        self.nats_url = nats_url
+    def __init__(self, port: int, agent: "subprocess.Popen[bytes]", folder: Path) -> None:
+        self.port = port
+        self.nats_url = f"nats://127.0.0.1:{port}"
+        self.nats = start_nats(port, folder)
         self.agent = agent
         self.folder = folder
+
+
+def start_nats(port: int, folder: Path) -> "subprocess.Popen[bytes]":
+    binary = Path(sys.executable).with_name("nats-server")
+    return subprocess.Popen([binary, "-a", "127.0.0.1", "-p", str(port), "-l", folder / "nats.log"])
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +64,9 @@ def started(folder: Path) -> Iterator[Stack]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    binary = Path(sys.executable).with_name("nats-server")
-    server = subprocess.Popen([binary, "-a", "127.0.0.1", "-p", str(port), "-l", folder / "nats.log"])
-    url = f"nats://127.0.0.1:{port}"
     create_identity(folder)
-    write_first_config(folder, protocol.EnrollReply(NODE, url), api="http://127.0.0.1:1", name="test")
+    enrolled = protocol.EnrollReply(NODE, f"nats://127.0.0.1:{port}")
+    write_first_config(folder, enrolled, api="http://127.0.0.1:1", name="test")
     added = CliRunner().invoke(
         app,
         [
@@ -74,11 +79,12 @@ def started(folder: Path) -> Iterator[Stack]:
     with (folder / "agent.log").open("wb") as log:
         command = [sys.executable, "-m", "node_agent.cli", "run", "--data-dir", folder]
         agent = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    yield Stack(url, agent, folder)
+    stack = Stack(port, agent, folder)
+    yield stack
     agent.kill()
     agent.wait()
-    server.terminate()
-    server.wait()
+    stack.nats.terminate()
+    stack.nats.wait()
 
 
 class Gateway:

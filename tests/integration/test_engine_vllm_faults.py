@@ -1,18 +1,22 @@
-"""Real vLLM killed in mid-answer, and drained under load: one agent, two engine starts."""
+"""Real vLLM: it, its gateway and its fabric killed in mid-answer; drained under load. Two engine starts."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import nats
+import nats.errors
 import pytest
 
 from node_agent import protocol
 from node_agent.engines import guard
-from tests.integration.test_engine_vllm import Gateway, Stack, ids_of, started
+from node_agent.journal import Entry, find_entries
+from tests.integration.test_engine_vllm import NODE, ROOT, Gateway, Stack, ids_of, start_nats, started
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -55,6 +59,82 @@ async def test_killed_vllm_fails_its_requests_at_once_and_comes_back(gateway: Ga
     assert leader(stack.folder) != before
     frames = await gateway.chat(stream=True, max_tokens=8, temperature=0, ignore_eos=True)
     assert len(ids_of(frames)) == 8
+
+
+ASKING = """
+import asyncio, sys
+import nats
+from node_agent import protocol
+
+async def ask(url, node, request_id):
+    client = await nats.connect(url)
+    inbox = client.new_inbox()
+    replies = await client.subscribe(inbox)
+    body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "n": 8, "ignore_eos": true}'
+    request = protocol.Request(1, request_id, "tiny", body, sys.argv[4] == "stream", 60_000, credit=100_000)
+    await client.publish(protocol.request_subject(node), protocol.encode(request), reply=inbox)
+    await replies.next_msg(30)
+    print("accepted", flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(ask(*sys.argv[1:4]))
+"""
+
+
+@contextlib.asynccontextmanager
+async def asking(stack: Stack, request_id: str, how: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A gateway's process with a long answer under way: eight choices of 900 tokens."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ASKING, stack.nats_url, NODE, request_id, how,
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.readline(), 60) == b"accepted\n"
+        await asyncio.sleep(0.5)
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def outcome_of(stack: Stack, request_id: str) -> Entry:
+    async with asyncio.timeout(30):
+        while (entry := find_entries(stack.folder, [request_id]).get(request_id)) is None:
+            await asyncio.sleep(0.1)
+    return entry
+
+
+@pytest.mark.parametrize("how", ["stream", "whole"])
+async def test_a_killed_gateway_leaves_vllm_idle(gateway: Gateway, stack: Stack, how: str) -> None:
+    await gateway.status(seconds=400)
+    async with asking(stack, f"killed-{how}", how) as process:
+        process.kill()
+    entry = await outcome_of(stack, f"killed-{how}")
+    assert entry.outcome == protocol.FailureCode.CANCELLED
+    assert (entry.completion_tokens or 0) < 8 * 900
+    async with asyncio.timeout(20):
+        while (await gateway.status()).models[0].running:
+            pass
+
+
+async def test_a_killed_fabric_leaves_vllm_idle_and_its_successor_is_served(stack: Stack) -> None:
+    async with asking(stack, "cut", "stream"):
+        stack.nats.kill()
+        stack.nats.wait()
+        assert (await outcome_of(stack, "cut")).outcome == protocol.FailureCode.CANCELLED
+    stack.nats = start_nats(stack.port, stack.folder)
+    async with asyncio.timeout(60):
+        while True:
+            with contextlib.suppress(OSError, nats.errors.Error):
+                client = await nats.connect(stack.nats_url, allow_reconnect=False)
+                break
+    gateway = Gateway(client)
+    assert (await gateway.status(seconds=60)).models[0].running == 0
+    frames = await gateway.chat(stream=True, max_tokens=8, temperature=0, ignore_eos=True)
+    assert len(ids_of(frames)) == 8
+    await client.close()
 
 
 async def test_drain_under_load_finishes_what_runs_and_leaves_nothing(gateway: Gateway, stack: Stack) -> None:
