@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from sqlalchemy import MetaData, make_url, text
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 _log = logging.getLogger(__name__)
@@ -162,8 +162,12 @@ async def drop_database(url: str) -> None:
     """Drop the URL's database, ending its sessions (tests)."""
     parsed = make_url(url)
     engine = create_async_engine(parsed.set(database="postgres"), isolation_level="AUTOCOMMIT", pool_size=1)
+    drop = f'DROP DATABASE IF EXISTS "{parsed.database}"'
     try:
         async with engine.connect() as connection:
-            await connection.exec_driver_sql(f'DROP DATABASE IF EXISTS "{parsed.database}" WITH (FORCE)')
+            try:
+                await connection.exec_driver_sql(f"{drop} WITH (FORCE)")
+            except ProgrammingError:  # autovacuum's session is a superuser's; without FORCE, it makes way
+                await connection.exec_driver_sql(drop)
     finally:
         await engine.dispose()

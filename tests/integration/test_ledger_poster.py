@@ -67,7 +67,11 @@ class CuttingProxy:
     @property
     def url(self) -> str:
         query = {"host": str(self._folder)}
-        return self._target.set(host=None, port=None, query=query).render_as_string(hide_password=False)
+        return self._target.set(query=query).render_as_string(hide_password=False)
+
+    @property
+    def _socket(self) -> Path:
+        return self._folder / f".s.PGSQL.{self._target.port or 5432}"
 
     async def __aenter__(self) -> Self:
         await self.come_back()
@@ -78,7 +82,7 @@ class CuttingProxy:
         shutil.rmtree(self._folder)
 
     async def come_back(self) -> None:
-        self._server = await asyncio.start_unix_server(self._serve, self._folder / ".s.PGSQL.5432")
+        self._server = await asyncio.start_unix_server(self._serve, self._socket)
 
     async def go_away(self) -> None:
         assert self._server is not None
@@ -86,7 +90,7 @@ class CuttingProxy:
         for writer in list(self._writers):
             writer.transport.abort()
         await asyncio.sleep(0.05)
-        (self._folder / ".s.PGSQL.5432").unlink(missing_ok=True)
+        self._socket.unlink(missing_ok=True)
 
     def cut_at(self, message: bytes, *, reaches_the_server: bool) -> None:
         """Cut where the client next sends these bytes."""
