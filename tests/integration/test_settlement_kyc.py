@@ -209,3 +209,5 @@ async def test_tiers_are_data_and_splitting_evades_none(office: Office) -> None:
     assert (shown["tier"], shown["withdrawal_max"], shown["total_nano_max"]) == (
         "address", "700.00", str(1200 * 10**9),
     )  # fmt: skip
+    started = await office.call("POST", "/kyc/checks", ann)
+    assert started.status_code == 201, "whoever has a limit may have his identity checked"
