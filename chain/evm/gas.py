@@ -7,7 +7,7 @@ costs its ether; the money moves by the owners' signatures or the forwarders' co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from eth_account import Account
@@ -80,14 +80,20 @@ class GasPayer:
         self._require_below_cap(base + tip)
         return base + tip
 
-    async def wrap(self, to: str, calldata: bytes) -> OuterTransaction:
-        """Dry-run and sign a call of `to`; Reverted if it would fail.  Sends nothing."""
+    async def wrap(
+        self, to: str, calldata: bytes, *, after: Literal["pending", "latest"] = "pending"
+    ) -> OuterTransaction:
+        """Dry-run and sign a call of `to`; Reverted if it would fail.  Sends nothing.
+
+        `after` "latest" takes the place of whatever of this payer still waits to be mined.
+        """
         call = {"from": self.address, "to": to, "data": "0x" + calldata.hex()}
         answers = await self._rpc.batch(
             [
-                Call("eth_estimateGas", (call,)),
+                # Before what it takes the place of, which may have left less to do.
+                Call("eth_estimateGas", (call, after) if after == "latest" else (call,)),
                 Call("eth_feeHistory", ("0x1", "latest", [50])),
-                Call("eth_getTransactionCount", (self.address, "pending")),
+                Call("eth_getTransactionCount", (self.address, after)),
             ]
         )
         gas = quantity(answers[0].value(str)) * (100 + GAS_MARGIN_PERCENT) // 100

@@ -39,12 +39,13 @@ class Sweeper:
     async def assemble(self, salts: Sequence[bytes]) -> SignedTransaction:
         """Dry-run and sign a sweep of up to SALTS_MAX addresses.  Sends nothing; the fence is empty.
 
-        Nothing can be paid twice here: a second sweep finds the addresses empty.
+        Nothing can be paid twice here: a second sweep finds the addresses empty.  It takes the place of an
+        earlier one that is not mined yet, which a restarted settler has forgotten.
         """
         if not 0 < len(salts) <= SALTS_MAX:
             raise ChainRefusal(f"a sweep has 1..{SALTS_MAX} addresses, not {len(salts)}")
         calldata = self.forwarders.sweep_calldata(salts)
-        outer = await self._gas_payer.wrap(self.forwarders.factory, calldata)
+        outer = await self._gas_payer.wrap(self.forwarders.factory, calldata, after="latest")
         return SignedTransaction(outer.raw, outer.tx, fence="")
 
     async def gas_price_wei(self) -> int:

@@ -7,9 +7,9 @@ change only when the watcher finds the transfers final on chain, whoever trigger
 An address is swept when its gas pays: below a share of what lies on it (`worth_sweeping`).  What does not pay
 yet stays where it is and grows; its owner has long been credited.
 
-One sweep per chain is on its way at a time, remembered in memory only: after a crash the next one may
-find addresses empty, which costs some gas and moves nothing.  One that is not mined is sent again for a
-better fee, on the same nonce, up to the gas payer's cap.
+One sweep per chain is on its way at a time, remembered in memory only: after a crash the next one takes the
+place of one that is not mined, or finds addresses empty, which costs some gas and moves nothing.  One that
+is not mined is sent again for a better fee, on the same nonce, up to the gas payer's cap.
 """
 
 from __future__ import annotations
@@ -181,7 +181,11 @@ class EvmSweeper:
         total = sum(address.amount.n for address in due)
         signed = await self.rail.assemble([address.salt for address in due])
         self._sent = _Sent((signed,), self.clock.monotonic())  # even if the send's result stays unknown
-        await self.rail.broadcast(signed)
+        try:
+            await self.rail.broadcast(signed)
+        except OuterNonceTaken:  # by one that an earlier process sent: this offers more than it, before long
+            _log.info("an earlier sweep waits to be mined", chain=self.chain.value)
+            return None
         _log.info("sweep sent", chain=self.chain.value, tx=signed.tx, addresses=len(due), amount_micro=total)
         return signed.tx
 

@@ -141,6 +141,21 @@ async def test_a_stuck_sweep_is_sent_again_for_more_and_lands_once(field: Field)
         assert result.is_equal, result
 
 
+async def test_a_restarted_settler_takes_up_the_sweep_that_is_still_stuck(field: Field) -> None:
+    await field.base_fee(GWEI // 100)
+    await field.rpc.call("evm_setAutomine", False, shape=msgspec.Raw)
+    first = await field.sweeper.tick()
+    field.sweeper = EvmSweeper(Chain.BASE, field.engine, field.sweeper.rail, field.clock)
+    assert await field.sweeper.tick() in (None, first)  # the same bytes, unless gas costs something else now
+    assert await field.pooled() == [first]
+    field.clock.seconds += REBROADCAST_S
+    assert await field.sweeper.tick() is None
+    (second,) = await field.pooled()
+    await localnet.mine(field.rpc, LAG + 1)
+    await field.settle()
+    assert await field.swept() == [second]
+
+
 async def test_a_sweep_whose_nonce_another_took_is_made_anew(field: Field) -> None:
     await field.base_fee(GWEI // 100)
     await field.rpc.call("evm_setAutomine", False, shape=msgspec.Raw)
