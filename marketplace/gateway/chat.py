@@ -20,10 +20,11 @@ import hmac
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Final
 from uuid import UUID
+
+from msgspec.structs import replace
 
 from marketplace.accounts.errors import KeysUnavailable
 from marketplace.fabric.errors import FabricUnavailable, NodeFailed, ProtocolBroken, RequestBroken

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from uuid import UUID
+
+import msgspec
 
 from marketplace.gateway.admission import Reserved
 from marketplace.gateway.answer import Answer, UsageOut
@@ -16,8 +17,7 @@ from marketplace.routing.choice import Decision, NodeView
 from node_agent.protocol import Delta
 
 
-@dataclass(slots=True)
-class Session:
+class Session(msgspec.Struct, eq=False):
     """What is known of a request so far."""
 
     request_id: UUID
@@ -57,7 +57,7 @@ class Session:
     first_delta: float | None = None
     has_streamed: bool = False
     """Bytes of an answer have left for the buyer: no other node may take over, no other status be sent."""
-    held_back: list[Delta] = field(default_factory=list)
+    held_back: list[Delta] = []
     """The stream's last frames, which wait for the charge's commit."""
     is_charged: bool = False
     """A charge was begun."""

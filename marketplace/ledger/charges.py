@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
 from typing import Any, Final, Protocol
 from uuid import UUID
+
+import msgspec
 
 from marketplace.ledger.ids import made_at
 from marketplace.ledger.money import ZERO, Nano
@@ -58,8 +59,7 @@ class CountedBy(IntEnum):
     AUDIT = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Charge:
+class Charge(msgspec.Struct, frozen=True, kw_only=True):
     """One finished request.  `buyer` and `operator` are account ids; `fee` is the platform's share.
 
     The operator gets amount − fee.  A request that never reached a node has no operator and no node.

@@ -16,9 +16,10 @@ Every rounding of the ledger is in this module:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Final
+
+import msgspec
 
 NANO_PER_DOLLAR: Final = 1_000_000_000
 NANO_PER_MICRO: Final = 1_000
@@ -29,8 +30,7 @@ TOKENS_PER_PRICE: Final = 1_000_000
 OPERATOR_PERCENT: Final = 80
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Nano:
+class Nano(msgspec.Struct, frozen=True, order=True, gc=False):
     """A whole number of nano-dollars within int64; may be negative.
 
     >>> Nano(5) + Nano(7) - Nano(2)

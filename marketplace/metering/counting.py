@@ -272,7 +272,7 @@ class TokenCounter:
         return self.text_tokens(written.everything), CountedOn.TEXT
 
     def _is_believable(self, written: Written, stops: Sequence[str], *, ignores_end: bool) -> bool:
-        specials = sum(number in self._special_ids for number in written.ids)
+        specials = sum(map(self._special_ids.__contains__, written.ids))
         if specials > SPECIAL_MAX and not ignores_end:
             return False
         if written.reasoning or written.calls:

@@ -120,8 +120,7 @@ class Weights:
 R21: Final = Weights()
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """Everything a decision depends on."""
 
     views: Sequence[NodeView]
@@ -139,14 +138,13 @@ class Question:
     """The node that last answered a conversation with this beginning: it wins a tie."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """Whom to ask, in order; empty if there is nobody."""
 
     question: Question
     candidates: tuple[NodeView, ...]
     eligible: int
-    among: Sequence[NodeView] = field(default=(), repr=False, compare=False)
+    among: Sequence[NodeView] = ()
     """The eligible ones."""
 
 

@@ -21,8 +21,10 @@ by how much: nano-dollars per million tokens as this request mixes them, ms, per
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, NamedTuple
+
+from msgspec.structs import replace
 
 from marketplace.routing.choice import Decision, NodeView, Parts, Question, explain
 from node_agent.protocol import NodeId

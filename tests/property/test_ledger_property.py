@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from uuid import UUID
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from msgspec.structs import replace
 
 from marketplace.ledger.charges import Charge, CountedBy, extend_chain, pack, pack_sparse
 from marketplace.ledger.lease_book import Hold, HoldState, LeaseBook
