@@ -209,7 +209,8 @@ async def test_strangers_money_is_set_aside_with_a_case(bench: Bench) -> None:
     watcher = bench.a_watcher()
     await bench.settle(watcher)
     async with transaction(bench.engine) as conn:
-        await conn.execute(update(deposit_addresses).values(retired_at=bench.clock.now()))
+        retired = {"retired_at": bench.clock.now(), "retired_by": "ann", "retire_reason": "leaked"}
+        await conn.execute(update(deposit_addresses).values(**retired))
     bench.node.mine(bench.pays(ESCROW, 3), bench.pays(address, 50))
     bench.node.finalize()
     await bench.settle(watcher)
