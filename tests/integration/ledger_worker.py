@@ -113,7 +113,7 @@ class Server:
         """The n-th request; raises `InsufficientFunds`, `LedgerFault`."""
         if n % 20 == 5:  # a large hold, given back: leaves excess in the slice
             self._keeper.release(await self._keeper.authorise(self._buyer, Nano(60 * self._cost)))
-        if n == 15:
+        if n % 30 == 15:
             await asyncio.sleep(TTL_MS / 400)  # idle: the slice is returned
         if n > 16 and point == "lease_keeper._revive":
             time.sleep(TTL_MS / 1000)
