@@ -100,6 +100,25 @@ class Withdrawal(msgspec.Struct, frozen=True):
     refusal: str | None = None
 
 
+class BankAccount(msgspec.Struct, frozen=True):
+    id: _Id
+    holder: str
+    iban: str
+    usable_at: str
+    retired_at: str | None = None
+
+
+class BankWithdrawal(msgspec.Struct, frozen=True):
+    id: _Id
+    account_id: _Id
+    amount: str
+    amount_micro: _Micro
+    status: str
+    created_at: str
+    reason: str | None = None
+    reference: str | None = None
+
+
 class InclusionProof(msgspec.Struct, frozen=True):
     payout_id: _Id
     batch_id: _Id
@@ -191,6 +210,15 @@ class _Addresses(msgspec.Struct, frozen=True):
 
 class _Withdrawals(msgspec.Struct, frozen=True):
     data: list[Withdrawal]
+    has_more: bool
+
+
+class _BankAccounts(msgspec.Struct, frozen=True):
+    data: list[BankAccount]
+
+
+class _BankWithdrawals(msgspec.Struct, frozen=True):
+    data: list[BankWithdrawal]
     has_more: bool
 
 
@@ -287,6 +315,21 @@ class Account:
 
     async def withdrawals(self, *, limit: int = PAGE_MAX) -> list[Withdrawal]:
         return (await self._ask("GET", f"/api/withdrawals?limit={limit:d}", _Withdrawals)).data
+
+    async def bank_accounts(self) -> list[BankAccount]:
+        return (await self._ask("GET", "/api/bank-accounts", _BankAccounts)).data
+
+    async def bank_withdrawals(self, *, limit: int = PAGE_MAX) -> list[BankWithdrawal]:
+        return (await self._ask("GET", f"/api/bank-withdrawals?limit={limit:d}", _BankWithdrawals)).data
+
+    async def bank_withdraw(self, *, account_id: str, amount: str, key: str) -> BankWithdrawal:
+        """Ask for a payout at the bank; the same `key` gives the same withdrawal."""
+        body, headers = {"account_id": account_id, "amount": amount}, {"Idempotency-Key": key}
+        return await self._ask("POST", "/api/bank-withdrawals", BankWithdrawal, body, headers)
+
+    async def bank_cancel(self, withdrawal_id: str) -> BankWithdrawal:
+        path = f"/api/bank-withdrawals/{_segment(withdrawal_id)}"
+        return await self._ask("DELETE", path, BankWithdrawal)
 
     async def proof(self, withdrawal_id: str) -> InclusionProof:
         return await self._ask("GET", f"/api/withdrawals/{_segment(withdrawal_id)}/proof", InclusionProof)

@@ -16,9 +16,10 @@ from node_agent.account import (
     ACCOUNT_KEY_FILE,
     Account,
     AccountError,
+    BankAccount,
+    BankWithdrawal,
     InclusionProof,
     PublicBatch,
-    Withdrawal,
     load_key,
     store_key,
 )
@@ -29,6 +30,7 @@ from node_agent.terminal import HOME, DataDir, Json, err, out, plain_errors, pri
 NOT_INCLUDED_EXIT: Final = 3
 
 payouts_app = typer.Typer(help="What you were paid, with proof.", invoke_without_command=True)
+bank_app = typer.Typer(help="Payouts to your bank, which people of ours see to.", invoke_without_command=True)
 addresses_app = typer.Typer(help="Where you may be paid.", invoke_without_command=True)
 
 _Result = TypeVar("_Result")
@@ -41,6 +43,7 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
     app.add_typer(payouts_app, name="payouts")
     app.add_typer(addresses_app, name="addresses")
+    app.add_typer(bank_app, name="bank")
 
 
 def _with_account(folder: Path, work: Callable[[Account], Awaitable[_Result]]) -> _Result:
@@ -167,10 +170,23 @@ def withdraw(
 ) -> None:
     """Ask to be paid; the next settlement batch of that chain pays it."""
     key = idempotency_key or f"node-{uuid.uuid4()}"
+    made = _asked_once(
+        data_dir, key, lambda account: account.withdraw(chain=chain, address=to, amount=amount, key=key)
+    )
+    if as_json:
+        print_json({"withdrawal": msgspec.to_builtins(made), "idempotency_key": key})
+    else:
+        out.print(
+            f"Withdrawal {made.id}: {made.amount} USDC to {made.address} on {made.chain}, {made.status}."
+        )
 
-    async def work(account: Account) -> Withdrawal:
+
+def _asked_once(folder: Path, key: str, ask: Callable[[Account], Awaitable[_Result]]) -> _Result:
+    """Run `ask`; whoever cannot know whether it arrived is told how to ask again."""
+
+    async def work(account: Account) -> _Result:
         try:
-            return await account.withdraw(chain=chain, address=to, amount=amount, key=key)
+            return await ask(account)
         except AccountError as error:
             if error.code:
                 raise
@@ -178,13 +194,67 @@ def withdraw(
                 f"{error}\nUnsure whether the request arrived? Repeat it with --idempotency-key {key}"
             ) from error
 
-    made = _with_account(data_dir, work)
+    return _with_account(folder, work)
+
+
+# -- the bank -----------------------------------------------------------------------------------------
+
+
+@bank_app.callback()
+def bank(context: typer.Context, data_dir: DataDir = HOME, as_json: Json = False) -> None:
+    """List your bank accounts (add one signed in, on the site or by the API) and withdrawals to them."""
+    if context.invoked_subcommand is not None:
+        return
+
+    async def work(account: Account) -> tuple[list[BankAccount], list[BankWithdrawal]]:
+        return await account.bank_accounts(), await account.bank_withdrawals()
+
+    accounts, made = _with_account(data_dir, work)
+    if as_json:
+        print_json({"accounts": msgspec.to_builtins(accounts), "withdrawals": msgspec.to_builtins(made)})
+        return
+    table = Table("account", "IBAN", "holder", "usable from", "retired")
+    for entry in accounts:
+        table.add_row(entry.id, entry.iban, entry.holder, entry.usable_at, entry.retired_at or "")
+    out.print(table)
+    table = Table("withdrawal", "$", "status", "account", "bank's reference or reason")
+    for each in made:
+        table.add_row(each.id, each.amount, each.status, each.account_id, each.reference or each.reason or "")
+    out.print(table)
+
+
+@bank_app.command("withdraw")
+def bank_withdraw(
+    amount: Annotated[str, typer.Argument(help="Dollars such as 25.00, or all.")],
+    account: Annotated[str, typer.Option(help="A bank account's id; see: tollway-node bank")],
+    idempotency_key: Annotated[
+        str, typer.Option(help="Your own name for this request; the same one is never paid twice.")
+    ] = "",
+    data_dir: DataDir = HOME,
+    as_json: Json = False,
+) -> None:
+    """Ask to be paid at your bank; one person approves it, another sends it."""
+    key = idempotency_key or f"node-{uuid.uuid4()}"
+    made = _asked_once(
+        data_dir, key, lambda line: line.bank_withdraw(account_id=account, amount=amount, key=key)
+    )
     if as_json:
         print_json({"withdrawal": msgspec.to_builtins(made), "idempotency_key": key})
     else:
-        out.print(
-            f"Withdrawal {made.id}: {made.amount} USDC to {made.address} on {made.chain}, {made.status}."
-        )
+        out.print(f"Withdrawal {made.id}: ${made.amount} to your bank, {made.status}.")
+
+
+@bank_app.command("cancel")
+def bank_cancel(withdrawal_id: str, data_dir: DataDir = HOME, as_json: Json = False) -> None:
+    """Cancel a withdrawal that nobody has approved."""
+    gone = _with_account(data_dir, lambda account: account.bank_cancel(withdrawal_id))
+    if as_json:
+        print_json({"withdrawal": msgspec.to_builtins(gone)})
+    else:
+        out.print(f"{gone.id} is {gone.status}; the money is earnings again.")
+
+
+# -- the address book ---------------------------------------------------------------------------------
 
 
 @addresses_app.callback()

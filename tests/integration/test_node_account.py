@@ -34,6 +34,7 @@ from marketplace.platform.settings import (
     SolanaChainConfig,
 )
 from marketplace.reputation.routes import router as reputation_router
+from marketplace.settlement import bank
 from marketplace.settlement.routes import router
 from node_agent import chain_check, config
 from node_agent.cli import app as node_app
@@ -194,6 +195,29 @@ async def test_from_earnings_to_a_payout_that_is_proven(
     assert earned["statement"]["data"][0]["tx"] == listed["tx"]
     for command in (("earnings",), ("payouts",), ("addresses",)):
         assert (await terminal.type(*command)).exit_code == 0
+
+
+async def test_a_withdrawal_to_the_bank_from_asking_to_cancelling(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOLLWAY_API_KEY", KEY)
+    async with transaction(terminal.desk.engine) as conn:
+        account = await bank.add_account(
+            conn, person=terminal.ann, holder="Ann", iban="GB82WEST12345698765432", cooling_s=0,
+            now=terminal.desk.clock.now(),
+        )  # fmt: skip
+    asked = ("bank", "withdraw", "25", "--account", str(account.id), "--idempotency-key", "mine-1")
+    first, again = await terminal.told(*asked), await terminal.told(*asked)
+    assert first["withdrawal"]["id"] == again["withdrawal"]["id"]
+    small = await terminal.type("bank", "withdraw", "9.99", "--account", str(account.id))
+    assert "422" in small.stderr
+    listed = await terminal.told("bank")
+    assert [a["id"] for a in listed["accounts"]] == [str(account.id)]
+    assert [w["status"] for w in listed["withdrawals"]] == ["requested"]
+    assert "GB82WEST12345698765432" in (await terminal.type("bank")).stdout
+    gone = await terminal.type("bank", "cancel", first["withdrawal"]["id"])
+    assert "cancelled; the money is earnings again" in gone.stdout
+    assert await terminal.desk.available(terminal.ann) == 40 * 10**9
 
 
 async def test_a_proof_of_another_amount_is_not_proven(
