@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from marketplace.ledger import accounts, overdrafts, templates
+from marketplace.ledger import accounts, leases, overdrafts, templates
 from marketplace.ledger.accounts import Balance, TransferKind, ensure_account, read_balance
 from marketplace.ledger.charges import Charge
 from marketplace.ledger.errors import AmountTooLarge, ChargeRefused, InsufficientFunds
@@ -211,6 +211,15 @@ async def test_many_transfers_and_releases_in_one_call_are_as_many_single_ones(e
             await post_transfers(conn, [spend, twice])  # all or nothing
         assert await post_transfer(conn, spend) is True
     assert await broken(engine) == []
+
+
+async def test_who_has_nothing_left_is_lent_nothing(engine):
+    """Whatever a gateway believes: another may have taken the last of it meanwhile."""
+    buyer = await a_buyer(engine, 100)
+    async with engine.begin() as conn:
+        await leases.lease(conn, buyer, "another", Nano(100))
+        with pytest.raises(InsufficientFunds):
+            await overdrafts.lend(conn, buyer, "w", minimum=Nano(1), wanted=Nano(10), terms=Overdraft())
 
 
 async def test_balances_stop_at_the_edges_of_64_bits(engine):
