@@ -1,6 +1,6 @@
 """What a gateway writes beside each charge: hashes for its receipt, and drift.
 
-Rows go in one statement on a connection of their own, while the poster commits the charges; where fewer
+Rows go in one statement on a session of their own, while the poster commits the charges; where fewer
 wait than went the last time, a millisecond is left to the others.  The statement does not wait for the disk
 (`synchronous_commit = off`), since the commit of the charges, which the buyer waits for, writes the log up to
 there or a fraction of a second more.
@@ -10,7 +10,6 @@ A row that cannot be written for `PATIENCE_S` is given up: its receipt then has 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -18,11 +17,10 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-import asyncpg
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from marketplace.metering.counting import CountedOn
+from marketplace.platform.own_session import FAULTS, OwnSession
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +29,6 @@ PATIENCE_S: Final = 5.0
 RETRY_S: Final = 0.2
 ROWS_MAX: Final = 1_024
 QUEUE_MAX: Final = 16_384
-_FAULTS: Final = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, SQLAlchemyError)
 
 _HASHES: Final = """
     INSERT INTO receipts (id, request_sha256, response_sha256, counted_on)
@@ -70,14 +67,12 @@ class ReceiptWriter:
     """Accepts rows from `start` to `close`."""
 
     def __init__(self, engine: AsyncEngine, *, patience_s: float = PATIENCE_S) -> None:
-        self._engine = engine
+        self._session = OwnSession(engine)
         self._patience_s = patience_s
         self._hashes: deque[tuple[Hashes, asyncio.Future[bool]]] = deque()
         self._drifts: deque[Drift] = deque(maxlen=QUEUE_MAX)
         self._last_rows = 0
         self._work = asyncio.Event()
-        self._connection: AsyncConnection | None = None
-        self._driver: asyncpg.Connection[asyncpg.Record] | None = None
         self._is_closing = False
         self._task: asyncio.Task[None] | None = None
 
@@ -96,7 +91,7 @@ class ReceiptWriter:
         for _, written in self._hashes:
             written.set_result(False)
         self._hashes.clear()
-        await self._disconnect()
+        await self._session.close()
 
     def note(self, hashes: Hashes) -> asyncio.Future[bool]:
         """Have a row written; the future tells whether it was, and never raises."""
@@ -166,29 +161,11 @@ class ReceiptWriter:
         while True:
             try:
                 async with asyncio.timeout_at(give_up_at):
-                    driver = self._driver or await self._connect()
-                    await driver.execute(statement, *columns)
-            except _FAULTS as e:
-                await self._disconnect()
+                    await self._session.fetch(statement, *columns)
+            except FAULTS as e:
                 if loop.time() + RETRY_S >= give_up_at:
                     _log.warning("%d rows beside charges are given up: %s", len(columns[0]), type(e).__name__)
                     return False
                 await asyncio.sleep(RETRY_S)
             else:
                 return True
-
-    async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
-        self._connection = await self._engine.connect()
-        driver = (await self._connection.get_raw_connection()).driver_connection
-        assert isinstance(driver, asyncpg.Connection)
-        await driver.execute("SET synchronous_commit = off")
-        self._driver = driver
-        return driver
-
-    async def _disconnect(self) -> None:
-        connection, self._connection, self._driver = self._connection, None, None
-        if connection is not None:
-            with contextlib.suppress(*_FAULTS):
-                await connection.invalidate()  # back in the pool, the session would keep its setting
-            with contextlib.suppress(*_FAULTS):
-                await connection.close()

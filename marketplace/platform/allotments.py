@@ -28,11 +28,9 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Final, NamedTuple
 
-from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from marketplace.platform.database import transaction
+from marketplace.platform.own_session import FAULTS, OwnSession
 
 _log = logging.getLogger(__name__)
 
@@ -47,16 +45,11 @@ ASK_S_MAX: Final = 2.0
 BATCH_MAX: Final = 500
 IDLE_S: Final = 60.0
 SWEEP_S: Final = 3_600.0
-_FAULTS: Final = (OSError, SQLAlchemyError, TimeoutError)
 
-_TAKE: Final = text("""
-    SELECT place, granted, remaining, mark, reset_ms FROM take_allotments(
-        :subjects, :rules, CAST(:ceilings AS BIGINT[]), CAST(:windows AS BIGINT[]), CAST(:lives AS BIGINT[]),
-        CAST(:wants AS BIGINT[]), CAST(:leasts AS BIGINT[]),
-        CAST(:give_marks AS BIGINT[]), CAST(:give_units AS BIGINT[]))
-    ORDER BY place
-""")
-_SWEEP: Final = text("DELETE FROM allotments WHERE touched_at < now() - INTERVAL '2 days'")
+_TAKE: Final = """
+    SELECT place, granted, remaining, mark, reset_ms
+    FROM take_allotments($1, $2, $3, $4, $5, $6, $7, $8, $9) ORDER BY place"""
+_SWEEP: Final = "DELETE FROM allotments WHERE touched_at < now() - INTERVAL '2 days'"
 
 
 class AllotmentsUnavailable(Exception):
@@ -150,7 +143,7 @@ class Allotments:
     """The parts of one process, from `start` to `stop`.  `monotonic` gives seconds."""
 
     def __init__(self, engine: AsyncEngine, monotonic: Callable[[], float]) -> None:
-        self._engine = engine
+        self._session = OwnSession(engine)
         self._monotonic = monotonic
         self._counters: dict[tuple[str, str], _Counter] = {}
         self._wanted: set[_Counter] = set()
@@ -177,6 +170,7 @@ class Allotments:
             self._drop_expired(counter, self._monotonic())
         with contextlib.suppress(AllotmentsUnavailable):
             await self._ask([])
+        await self._session.close()
 
     # ---- taking
 
@@ -294,16 +288,15 @@ class Allotments:
         asked.sort(key=lambda ask: (ask.counter.subject, ask.counter.ceiling.rule))  # no deadlocks
         began = self._monotonic()
         try:
-            async with asyncio.timeout(ASK_S_MAX), transaction(self._engine) as connection:
-                await connection.execute(text("SET LOCAL synchronous_commit = off"))
-                rows = (await connection.execute(_TAKE, _arrays(asked))).all()
-        except _FAULTS as e:
+            async with asyncio.timeout(ASK_S_MAX):
+                rows = await self._session.fetch(_TAKE, *_arrays(asked))
+        except FAULTS as e:
             for ask in asked:
                 self._fail(ask, AllotmentsUnavailable(type(e).__name__))
             raise AllotmentsUnavailable(type(e).__name__) from e
         for ask, row in zip(asked, rows, strict=True):
             if not ask.is_return:
-                self._granted(ask, row.granted, row.remaining, row.mark, row.reset_ms, began)
+                self._granted(ask, row["granted"], row["remaining"], row["mark"], row["reset_ms"], began)
 
     def _asked(self, counter: _Counter) -> _Asked:
         ceiling = counter.ceiling
@@ -381,9 +374,8 @@ class Allotments:
                     await self._ask([])
                 if now - swept >= SWEEP_S:
                     swept = now
-                    async with transaction(self._engine) as connection:
-                        await connection.execute(_SWEEP)
-            except (AllotmentsUnavailable, *_FAULTS) as e:
+                    await self._session.fetch(_SWEEP)
+            except (AllotmentsUnavailable, *FAULTS) as e:
                 _log.warning("allotments wait: %s", type(e).__name__)
 
     def _keep_one(self, key: tuple[str, str], counter: _Counter, now: float) -> None:
@@ -398,15 +390,16 @@ class Allotments:
             del self._counters[key]
 
 
-def _arrays(asked: Sequence[_Asked]) -> dict[str, list[object]]:
-    return {
-        "subjects": [ask.counter.subject for ask in asked],
-        "rules": [ask.counter.ceiling.rule for ask in asked],
-        "ceilings": [ask.counter.ceiling.units for ask in asked],
-        "windows": [ask.counter.ceiling.window_ms for ask in asked],
-        "lives": [ask.counter.ceiling.life_ms for ask in asked],
-        "wants": [ask.want for ask in asked],
-        "leasts": [ask.least for ask in asked],
-        "give_marks": [ask.give_mark for ask in asked],
-        "give_units": [ask.give_units for ask in asked],
-    }
+def _arrays(asked: Sequence[_Asked]) -> list[list[object]]:
+    """Give `take_allotments` its arguments, in their order."""
+    return [
+        [ask.counter.subject for ask in asked],
+        [ask.counter.ceiling.rule for ask in asked],
+        [ask.counter.ceiling.units for ask in asked],
+        [ask.counter.ceiling.window_ms for ask in asked],
+        [ask.counter.ceiling.life_ms for ask in asked],
+        [ask.want for ask in asked],
+        [ask.least for ask in asked],
+        [ask.give_mark for ask in asked],
+        [ask.give_units for ask in asked],
+    ]

@@ -144,6 +144,7 @@ async def test_what_is_held_is_limited_over_processes_and_comes_back(
         assert isinstance(await killed.take("ann", ceiling), Grant)
         for task in killed._tasks:
             task.cancel()
+        await killed._session.close()
         assert isinstance(await other.take("ann", ceiling), Refused)
         await asyncio.sleep(1.6)
         assert isinstance(await other.take("ann", ceiling), Grant)
