@@ -45,6 +45,12 @@ MESSAGE_BYTES_MAX: Final = 8 * 1024 * 1024
 WRITE_BUFFER_BYTES_MAX: Final = 16 * 1024 * 1024
 """Beyond this the connection is congested and `publish` refuses."""
 PORT_DEFAULT: Final = 4222
+BUSY_S: Final = 0.001
+"""A connection read twice within so long is busy …"""
+REST_S: Final = 0.002
+"""… and is then read once in so long: the frames of many streams in one system call and one wake-up …"""
+REST_BYTES_MAX: Final = 16 * 1024
+"""… unless there was more than this to read: then the server must not be kept waiting."""
 
 _NO_RESPONDERS: Final = b"NATS/1.0 503"
 _CRLF: Final = b"\r\n"
@@ -75,6 +81,7 @@ class _Wire(asyncio.Protocol):
         "_is_full",
         "_loop",
         "_out",
+        "_read_at",
         "_rest",
         "_subscriptions",
         "closed",
@@ -92,6 +99,8 @@ class _Wire(asyncio.Protocol):
         self._out: list[bytes] = []
         self._flush_scheduled = False
         self._is_full = False
+        self._read_at = 0.0
+        """When this was last read, or could be again (loop seconds)."""
         self.transport: asyncio.Transport | None = None
         self.info: dict[str, object] = {}
         self.info_arrived: asyncio.Future[None] = self._loop.create_future()
@@ -161,8 +170,19 @@ class _Wire(asyncio.Protocol):
                 self._control_line(buffer[position:end_of_line])
                 position = end_of_line + 2
         self._rest = buffer[position:] if position < size else b""
+        now = self._loop.time()
+        is_small = len(data) <= REST_BYTES_MAX
+        if is_small and now - self._read_at <= BUSY_S and self.transport is not None:
+            self.transport.pause_reading()
+            self._loop.call_later(REST_S, self._read_on)
+        self._read_at = now
 
     # -- reading
+
+    def _read_on(self) -> None:
+        self._read_at = self._loop.time()
+        if self.transport is not None:
+            self.transport.resume_reading()
 
     def _message_with_headers(self, buffer: bytes, position: int, end_of_line: int) -> int:
         """Handle one HMSG; give back where the next begins, or `position` if it is incomplete."""
