@@ -26,7 +26,7 @@ parts: # all but the engine, whose installation takes as long as the checks
 
 test: parts ## every check and every test, with the real vLLM
 	@$(MAKE) --no-print-directory -j 2 setup check
-	@exec $(BIN)/pytest -n 2 -m 'not slow' --durations 15
+	@exec $(BIN)/pytest -n 3 -m 'not slow' --durations 15
 
 test-slow: setup ## the tests that kill and restart whole stacks and batches at every point (half an hour)
 	@exec $(BIN)/pytest -m slow --durations 15
