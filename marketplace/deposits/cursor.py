@@ -42,18 +42,24 @@ class Cursor:
 
 
 async def load_cursor(conn: AsyncConnection, chain: Chain) -> Cursor | None:
-    """Read the cursor and its headers; None before the first start."""
-    row = (
-        await conn.execute(select(chain_cursors).where(chain_cursors.c.chain == chain.value))
-    ).one_or_none()
-    if row is None:
-        return None
-    columns = chain_headers.c
-    above = await conn.execute(
-        select(columns.height, columns.hash, columns.parent_hash, columns.parent_height, columns.time_s)
-        .where(columns.chain == chain.value, columns.height > row.final_height)
+    """Read the cursor and its headers; None before the first start.
+
+    In one statement: between two, the watcher may commit, and the headers would not follow the final one.
+    """
+    columns, cursor = chain_headers.c, chain_cursors.c
+    header = (columns.height, columns.hash, columns.parent_hash, columns.parent_height, columns.time_s)
+    above_final = (columns.chain == cursor.chain) & (columns.height > cursor.final_height)
+    found = await conn.execute(
+        select(chain_cursors, *(column.label(f"above_{column.name}") for column in header))
+        .select_from(chain_cursors.outerjoin(chain_headers, above_final))
+        .where(cursor.chain == chain.value)
         .order_by(columns.height)
     )
+    rows = found.all()
+    if not rows:
+        return None
+    row = rows[0]
+    above = [tuple(each)[-len(header) :] for each in rows if each.above_height is not None]
     final = Header(
         row.final_height, row.final_hash, row.final_parent_hash, row.final_parent_height, row.final_time_s
     )
