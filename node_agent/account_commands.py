@@ -213,14 +213,12 @@ def bank(context: typer.Context, data_dir: DataDir = HOME, as_json: Json = False
     if as_json:
         print_json({"accounts": msgspec.to_builtins(accounts), "withdrawals": msgspec.to_builtins(made)})
         return
-    table = Table("account", "IBAN", "holder", "usable from", "retired")
     for entry in accounts:
-        table.add_row(entry.id, entry.iban, entry.holder, entry.usable_at, entry.retired_at or "")
-    out.print(table)
-    table = Table("withdrawal", "$", "status", "account", "bank's reference or reason")
+        state = f"retired {entry.retired_at}" if entry.retired_at else f"usable from {entry.usable_at}"
+        out.print(f"{entry.iban}  {entry.holder}, {state}; account {entry.id}", soft_wrap=True)
     for each in made:
-        table.add_row(each.id, each.amount, each.status, each.account_id, each.reference or each.reason or "")
-    out.print(table)
+        told = each.reference or each.reason or ""
+        out.print(f"${each.amount} {each.status} {told}; withdrawal {each.id}", soft_wrap=True)
 
 
 @bank_app.command("withdraw")
