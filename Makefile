@@ -4,7 +4,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 BIN := .venv/bin
 
-.PHONY: help setup parts demo up down test test-slow check format bench prove lock
+.PHONY: help setup engine checked demo up down test test-slow check format bench prove lock
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,11 +21,16 @@ up: setup ## the same stack, left running; prints URLs and keys, writes var/stac
 down: ## end what `make up` started
 	@exec $(BIN)/tollway down
 
-parts: # all but the engine, whose installation takes as long as the checks
-	@python3 setup/setup.py --without-engine
+# The engine's installation takes as long as everything else before the tests.
+engine:
+	@python3 engine/build.py
 
-test: parts ## every check and every test, with the real vLLM
-	@$(MAKE) --no-print-directory -j 2 setup check
+checked:
+	@python3 setup/setup.py --without-engine
+	@$(MAKE) --no-print-directory check
+
+test: ## every check and every test, with the real vLLM
+	@$(MAKE) --no-print-directory -j 2 engine checked
 	@exec $(BIN)/pytest -n 3 -m 'not slow' --durations 15
 
 test-slow: setup ## the tests that kill and restart whole stacks and batches at every point (half an hour)
