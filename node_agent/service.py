@@ -33,6 +33,7 @@ from node_agent.receipts import ReceiptBook
 from node_agent.relay import Relay
 
 STATUS_FILE: Final = "status.json"
+CANCEL_AGAIN_SECONDS: Final = 0.5
 RECONNECT_SECONDS: Final = 1.0
 DISCONNECT_SECONDS_MAX: Final = 5.0
 SAME_COMPLAINT_SECONDS: Final = 30.0
@@ -151,7 +152,7 @@ class Service:
             await self._drain()
         finally:
             for task in (fabric, status):
-                task.cancel()
+                await end_task(task)
             await asyncio.gather(fabric, status, return_exceptions=True)
             await asyncio.gather(
                 *(engine.stop() for engine in self._engines.values()), return_exceptions=True
@@ -500,3 +501,14 @@ def _build_engine(settings: EngineSettings, folder: Path) -> Engine:
         folder=folder / "engines",
         start_seconds_max=float(settings.start_seconds_max),
     )
+
+
+async def end_task(task: asyncio.Task[Any]) -> None:
+    """Cancel a task until it has ended.
+
+    Once is not enough: Python 3.11's `asyncio.wait_for`, which nats-py connects with, loses a cancellation
+    that comes just as it is done, and the task would try to connect for ever.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)
