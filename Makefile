@@ -31,7 +31,7 @@ checked:
 
 test: ## every check and every test, with the real vLLM
 	@$(MAKE) --no-print-directory -j 2 engine checked
-	@exec $(BIN)/pytest -n 3 -m 'not slow' --durations 15
+	@exec $(BIN)/pytest -n 2 -m 'not slow' --durations 15
 
 test-slow: setup ## the tests that kill and restart whole stacks and batches at every point (half an hour)
 	@exec $(BIN)/pytest -m slow --durations 15
