@@ -51,22 +51,13 @@ async def limit(
     await _note(connection, person_id, "limits", limits, actor, reason, now)
 
 
-async def freeze(
-    connection: AsyncConnection, person_id: UUID, *, actor: UUID, reason: str, now: datetime
+async def set_frozen(
+    connection: AsyncConnection, person_id: UUID, *, is_frozen: bool, actor: UUID, reason: str, now: datetime
 ) -> None:
-    """Stop a person's keys (within 5 s) and sessions (at once); PersonUnknown."""
+    """Stop a person's keys (within 5 s) and sessions (at once), or let them work again; PersonUnknown."""
     await people.find_person(connection, person_id)
-    await people.freeze(connection, person_id)
-    await _note(connection, person_id, "freeze", {}, actor, reason, now)
-
-
-async def unfreeze(
-    connection: AsyncConnection, person_id: UUID, *, actor: UUID, reason: str, now: datetime
-) -> None:
-    """Let a frozen person's keys and sessions work again; PersonUnknown."""
-    await people.find_person(connection, person_id)
-    await people.unfreeze(connection, person_id)
-    await _note(connection, person_id, "unfreeze", {}, actor, reason, now)
+    await (people.freeze if is_frozen else people.unfreeze)(connection, person_id)
+    await _note(connection, person_id, "freeze" if is_frozen else "unfreeze", {}, actor, reason, now)
 
 
 async def decided(connection: AsyncConnection, person_id: UUID) -> Sequence[Decision]:

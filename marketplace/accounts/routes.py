@@ -542,11 +542,7 @@ async def freeze_account(
     person_id: UUID, asked: ReasonRequest, services: ServicesDep, identity: AdminIdentity
 ) -> None:
     """Stop an account: its sessions at once, its keys everywhere within 5 s; its money stays its own."""
-    async with _work(services) as connection:
-        await decisions.freeze(
-            connection, person_id, actor=identity.person_id, reason=asked.reason, now=services.clock.now()
-        )
-    await _tell_key_ring(services)
+    await _set_frozen(services, person_id, identity, asked.reason, is_frozen=True)
 
 
 @router.post("/admin/accounts/{person_id}/unfreeze", status_code=204, responses=_refused(**_NEEDS_ADMIN))
@@ -554,10 +550,17 @@ async def unfreeze_account(
     person_id: UUID, asked: ReasonRequest, services: ServicesDep, identity: AdminIdentity
 ) -> None:
     """Let a frozen account's keys and sessions work again."""
+    await _set_frozen(services, person_id, identity, asked.reason, is_frozen=False)
+
+
+async def _set_frozen(
+    services: Services, person_id: UUID, identity: Identity, reason: str, *, is_frozen: bool
+) -> None:
     async with _work(services) as connection:
-        await decisions.unfreeze(
-            connection, person_id, actor=identity.person_id, reason=asked.reason, now=services.clock.now()
-        )
+        await decisions.set_frozen(
+            connection, person_id,
+            is_frozen=is_frozen, actor=identity.person_id, reason=reason, now=services.clock.now(),
+        )  # fmt: skip
     await _tell_key_ring(services)
 
 

@@ -172,8 +172,9 @@ class _Wire(asyncio.Protocol):
         self._rest = buffer[position:] if position < size else b""
         now = self._loop.time()
         is_small = len(data) <= REST_BYTES_MAX
-        if is_small and now - self._read_at <= BUSY_S and self.transport is not None:
-            self.transport.pause_reading()
+        transport, is_busy = self.transport, now - self._read_at <= BUSY_S
+        if is_busy and is_small and transport is not None and not transport.is_closing():
+            transport.pause_reading()
             self._loop.call_later(REST_S, self._read_on)
         self._read_at = now
 
@@ -181,7 +182,7 @@ class _Wire(asyncio.Protocol):
 
     def _read_on(self) -> None:
         self._read_at = self._loop.time()
-        if self.transport is not None:
+        if self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def _message_with_headers(self, buffer: bytes, position: int, end_of_line: int) -> int:

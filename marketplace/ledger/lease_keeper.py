@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Final, Self
 from uuid import UUID
 
+import asyncpg
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -40,7 +41,8 @@ STOP_BEFORE_EXPIRY_MS: Final = 1_000
 """A slice is not used in its last second: the database's clock may run faster than ours."""
 _NO_LEASE: Final = UUID(int=0)
 _NS_PER_MS: Final = 1_000_000
-_UNREACHABLE: Final = (OSError, SQLAlchemyError, TimeoutError)
+# The last: what a statement meets after a dying server's last word; SQLAlchemy passes it on as it is.
+_UNREACHABLE: Final = (OSError, SQLAlchemyError, TimeoutError, asyncpg.InternalClientError)
 
 
 class LeaseKeeper:
