@@ -398,7 +398,7 @@ async def test_cancel_by_request_id_ends_the_readers_loop(service: FabricService
         reading = asyncio.create_task(read_until_error(reply, []))
         await node.taken()
         assert service.nodes.cancel(request.id)
-        await asyncio.wait_for(reading, 1)
+        await asyncio.wait_for(reading, 5)
     await eventually(lambda: node.cancelled == [request.id])
 
 

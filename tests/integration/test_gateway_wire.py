@@ -105,7 +105,7 @@ async def test_nonsense_behind_a_request_ends_both(gateway: RunningGateway) -> N
     answer = await gateway.raw(_request(gateway, HELLO) + b"\x00\x01\r\n\r\n")
     assert b" 400 " in answer.splitlines()[0]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(5):
         while len(node.cancelled) < len(node.requests):
             await asyncio.sleep(0.01)
     await gateway.assert_proved()
@@ -288,7 +288,7 @@ async def test_leaving_is_noticed_over_asgi(gateway: RunningGateway) -> None:
     await asyncio.wait_for(gateway.process.app(scope, receive, send), 5)  # type: ignore[arg-type]
     row = await gateway.only_row()
     assert row["status"] == 499
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(5):
         while not node.cancelled:
             await asyncio.sleep(0.01)
 

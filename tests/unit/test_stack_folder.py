@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,13 @@ async def test_an_owner_that_is_ending_is_waited_for(
 
 def test_down_ends_what_a_killed_owner_left(folder: StackFolder) -> None:
     assert folder.end_owner() is False
-    with subprocess.Popen(["sleep", "0.5"], env={**os.environ, STACK_MARK: str(folder.root)}):
-        assert folder.end_owner() is True
-        assert processes_of(folder.root) == []
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, STACK_MARK: str(folder.root)}) as process:
+        ending = threading.Timer(0.3, process.kill)
+        try:
+            assert processes_of(folder.root) == [process.pid]
+            ending.start()
+            assert folder.end_owner() is True
+            assert processes_of(folder.root) == []
+        finally:
+            ending.cancel()
+            process.kill()
