@@ -53,7 +53,7 @@ from marketplace.ledger.accounts import ensure_accounts
 from marketplace.ledger.money import from_micro
 from marketplace.ledger.posting import BULK_MAX, lock_balances, post_transfers
 from marketplace.ledger.templates import Transfer
-from marketplace.notices.outbox import enqueue
+from marketplace.notices.outbox import enqueue_all
 from marketplace.platform.ids import uuid7
 
 DETAIL_CHARACTERS_MAX: Final = 1000
@@ -86,13 +86,14 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrival:
-    """A transfer that is final for the first time, and whose it is."""
+class _Row:
+    """A transfer with news, whose it is, and what is known of it now."""
 
     transfer: TransferSeen
     attribution: ToPerson | Unattributed
-    ref: str
-    """The ledger's key."""
+    status: Deposit
+    ref: str | None
+    """The ledger's key; goes with what is final."""
 
 
 async def record_seen(
@@ -108,16 +109,18 @@ async def record_seen(
     transfers = part_sweeps(transfers, outbound, rules.escrow).inbound
     known = await _known(conn, rules.chain, transfers)
     worth: list[tuple[TransferSeen, UUID]] = []
+    fresh: list[_Row] = []
     for transfer in transfers:
         found = attribute(transfer, directory)
         if transfer.amount.n == 0 or not isinstance(found, ToPerson):
             continue
         after = advance(known.get(transfer.key), Appeared(transfer.block_hash, transfer.amount))
         if after != known.get(transfer.key):
-            await _write(conn, transfer, found, after.status, now, None)
+            fresh.append(_Row(transfer, found, after.status, None))
             # A smaller one may wait for long.
             if transfer.amount.n >= rules.deposit_micro_min and not found.is_held:
                 worth.append((transfer, found.person_id))
+    await _write(conn, fresh, now)
     if rules.early is not None:
         await post_entries(conn, await lend(conn, rules.early, worth, now))
 
@@ -165,7 +168,7 @@ async def book_final(
         entries += await _book_sweep(conn, rules.chain, departure, refs[departure.key], now)
     for departure in parted.strayed:
         entries += await _book_stray(conn, rules.chain, departure, now)
-    arrivals: list[_Arrival] = []
+    arrivals: list[_Row] = []
     for transfer in transfers:
         if transfer.amount.n == 0:
             continue
@@ -177,9 +180,8 @@ async def book_final(
         before = known.get(transfer.key)
         advance(before, Confirmed(transfer.block_hash, transfer.amount))
         if before is None or before.status is not Deposit.FINAL:
-            arrivals.append(_Arrival(transfer, found, refs[transfer.key]))
-    for arrival in arrivals:
-        await _write(conn, arrival.transfer, arrival.attribution, Deposit.FINAL, now, arrival.ref)
+            arrivals.append(_Row(transfer, found, Deposit.FINAL, refs[transfer.key]))
+    await _write(conn, arrivals, now)
     credited, credit_entries = await _credit(conn, rules, arrivals, now)
     repaid = await end_loans(
         conn, rules.chain, {credit.key for credit in credited}, is_called_in=False, now=now
@@ -308,44 +310,63 @@ async def _orphan_rows(
         )
 
 
-async def _write(
-    conn: AsyncConnection,
-    transfer: TransferSeen,
-    found: ToPerson | Unattributed,
-    status: Deposit,
-    now: datetime,
-    ref: str | None,
-) -> None:
-    """Write the row; `ref`, the ledger's key, goes with what is final."""
-    is_final = status is Deposit.FINAL
-    person = found if isinstance(found, ToPerson) else None
-    told = {
+async def _write(conn: AsyncConnection, rows: Sequence[_Row], now: datetime) -> None:
+    """Write these rows over what was known of the same movements, and ask people about the odd ones."""
+    if not rows:
+        return
+    insertion = postgresql.insert(deposits)
+    told = {name: insertion.excluded[name] for name in _TOLD}
+    await conn.execute(
+        insertion.on_conflict_do_update(constraint="one_row_per_movement", set_=told),
+        [_columns(row, now) for row in rows],
+    )
+    for row in rows:
+        await _ask_about(conn, row, now)
+
+
+_TOLD: Final = (
+    "height",
+    "block_hash",
+    "amount_micro",
+    "person_id",
+    "intent",
+    "is_direct",
+    "status",
+    "final_at",
+    "transfer_ref",
+    "is_held",
+)
+"""What later news of a movement may change."""
+
+
+def _columns(row: _Row, now: datetime) -> dict[str, object]:
+    transfer, is_final = row.transfer, row.status is Deposit.FINAL
+    person = row.attribution if isinstance(row.attribution, ToPerson) else None
+    return {
+        "id": uuid7(),
+        "chain": transfer.chain.value,
+        "key": transfer.key,
+        "tx": transfer.tx,
+        "to_address": transfer.to,
+        "sender": transfer.sender,
+        "seen_at": now,
         "height": transfer.height,
         "block_hash": transfer.block_hash,
         "amount_micro": transfer.amount.n,
         "person_id": person.person_id if person else None,
         "intent": person.intent if person else None,
-        "is_direct": found.is_direct,
-        "status": status.value,
+        "is_direct": row.attribution.is_direct,
+        "status": row.status.value,
         "final_at": now if is_final else None,
-        "transfer_ref": ref if is_final else None,
+        "transfer_ref": row.ref if is_final else None,
         "is_held": is_final and person is not None and person.is_held,
     }
-    statement = postgresql.insert(deposits).values(
-        id=uuid7(),
-        chain=transfer.chain.value,
-        key=transfer.key,
-        tx=transfer.tx,
-        to_address=transfer.to,
-        sender=transfer.sender,
-        seen_at=now,
-        **told,
-    )
-    await conn.execute(
-        statement.on_conflict_do_update(constraint="one_row_per_movement", set_=told).returning(deposits.c.id)
-    )
+
+
+async def _ask_about(conn: AsyncConnection, row: _Row, now: datetime) -> None:
+    transfer, found, is_final = row.transfer, row.attribution, row.status is Deposit.FINAL
     detail = f"{transfer.amount} USDC from {transfer.sender} to {transfer.to} in {transfer.tx}"
-    key = transfer.key if ref is None else decision_key(transfer.chain, ref)
+    key = transfer.key if row.ref is None else decision_key(transfer.chain, row.ref)
     if isinstance(found, Unattributed):
         await open_case(conn, transfer.chain, kind=found.reason, key=key, detail=detail, now=now)
     elif is_final and found.is_held:
@@ -442,9 +463,9 @@ async def record_foreign(
 
 
 async def _credit(
-    conn: AsyncConnection, rules: Rules, arrivals: Sequence[_Arrival], now: datetime
+    conn: AsyncConnection, rules: Rules, arrivals: Sequence[_Row], now: datetime
 ) -> tuple[list[Credit], list[Transfer]]:
-    groups: dict[tuple[str, UUID], list[_Arrival]] = defaultdict(list)
+    groups: dict[tuple[str, UUID], list[_Row]] = defaultdict(list)
     entries: list[Transfer] = []
     credited: list[Credit] = []
     for arrival in arrivals:
@@ -453,19 +474,26 @@ async def _credit(
                 groups[arrival.transfer.to, person_id].append(arrival)
             case _:
                 entries.append(_set_aside(arrival))
+    if not groups:
+        return credited, entries
+    new_keys = [arrival.transfer.key for new in groups.values() for arrival in new]
+    earlier_by_group = await _waiting(conn, rules.chain, groups, without=new_keys)
     for (address, person_id), new in groups.items():
         arrived = {arrival.transfer.key: arrival for arrival in new}
-        earlier = await _waiting(conn, rules.chain, address, person_id, without=arrived)
+        earlier = earlier_by_group[address, person_id]
         amounts = {key: arrival.transfer.amount.n for key, arrival in arrived.items()}
         waited = {key: amount for key, (amount, _) in earlier.items()}
         released = reach_minimum(waited, amounts, rules.deposit_micro_min)
-        refs = {key: ref for key, (_, ref) in earlier.items()} | {k: a.ref for k, a in arrived.items()}
+        refs = {key: ref for key, (_, ref) in earlier.items()} | {k: _ref(a) for k, a in arrived.items()}
         entries += [_set_aside(arrival) for key, arrival in arrived.items() if key not in released]
         entries += [_give(rules.chain, person_id, refs[k], n, arrived.get(k)) for k, n in released.items()]
         credited += [Credit(person_id, rules.chain, key, Micro(n)) for key, n in released.items()]
+    if credited:
         await conn.execute(
             update(deposits)
-            .where(deposits.c.chain == rules.chain.value, deposits.c.key.in_(list(released)))
+            .where(
+                deposits.c.chain == rules.chain.value, deposits.c.key.in_([credit.key for credit in credited])
+            )
             .values(credited_at=now)
         )
     return credited, entries
@@ -491,37 +519,51 @@ def reach_minimum(earlier: Mapping[str, int], arrived: Mapping[str, int], minimu
 
 
 async def _waiting(
-    conn: AsyncConnection, chain: Chain, address: str, person_id: UUID, *, without: Collection[str]
-) -> dict[str, tuple[int, str]]:
-    """Final, uncredited amounts and ledger keys by key, from earlier ranges."""
+    conn: AsyncConnection,
+    chain: Chain,
+    groups: Collection[tuple[str, UUID]],
+    *,
+    without: Collection[str],
+) -> dict[tuple[str, UUID], dict[str, tuple[int, str]]]:
+    """By (address, person): final, uncredited amounts and ledger keys by key, from earlier ranges."""
+    columns = deposits.c
     statement = (
-        select(deposits.c.key, deposits.c.amount_micro, deposits.c.transfer_ref)
+        select(columns.key, columns.amount_micro, columns.transfer_ref, columns.to_address, columns.person_id)
         .where(
-            deposits.c.chain == chain.value,
-            deposits.c.to_address == address,
-            deposits.c.person_id == person_id,
-            deposits.c.status == Deposit.FINAL.value,
-            deposits.c.credited_at.is_(None),
-            ~deposits.c.is_held,
-            deposits.c.key.not_in(without),
+            columns.chain == chain.value,
+            columns.to_address.in_({address for address, _ in groups}),
+            columns.person_id.in_({person_id for _, person_id in groups}),
+            columns.status == Deposit.FINAL.value,
+            columns.credited_at.is_(None),
+            ~columns.is_held,
+            columns.key.not_in(without),
         )
-        .order_by(deposits.c.height, deposits.c.id)
+        .order_by(columns.height, columns.id)
         .with_for_update()
     )
-    return {row.key: (row.amount_micro, row.transfer_ref) for row in await conn.execute(statement)}
+    found: dict[tuple[str, UUID], dict[str, tuple[int, str]]] = {group: {} for group in groups}
+    for row in await conn.execute(statement):
+        if (row.to_address, row.person_id) in found:
+            found[row.to_address, row.person_id][row.key] = (row.amount_micro, row.transfer_ref)
+    return found
 
 
-def _set_aside(arrival: _Arrival) -> Transfer:
+def _ref(arrival: _Row) -> str:
+    assert arrival.ref is not None
+    return arrival.ref
+
+
+def _set_aside(arrival: _Row) -> Transfer:
     transfer = arrival.transfer
     return templates.deposit_unattributed(
         chain=transfer.chain.value,
         amount=from_micro(transfer.amount.n),
-        ref=arrival.ref,
+        ref=_ref(arrival),
         in_escrow=arrival.attribution.is_direct,
     )
 
 
-def _give(chain: Chain, person_id: UUID, ref: str, amount_micro: int, arrival: _Arrival | None) -> Transfer:
+def _give(chain: Chain, person_id: UUID, ref: str, amount_micro: int, arrival: _Row | None) -> Transfer:
     """A new deposit goes straight to the buyer; an earlier one was set aside and is attributed now."""
     if arrival is None:
         build = templates.attribution
@@ -535,16 +577,18 @@ async def tell_credited(conn: AsyncConnection, credited: Sequence[Credit], now: 
     by_person: dict[tuple[UUID, Chain], list[Credit]] = defaultdict(list)
     for credit in credited:
         by_person[credit.person_id, credit.chain].append(credit)
+    told: list[tuple[UUID, Mapping[str, object]]] = []
     for (person_id, chain), of_person in by_person.items():
         amount = Micro(sum(credit.amount.n for credit in of_person))
-        payload = {
+        payload: dict[str, object] = {
             "chain": chain.value,
             "amount": str(amount),
             "amount_micro": amount.n,
             "count": len(of_person),
             "transactions": sorted({transaction_of(c.key) for c in of_person[:TOLD_TRANSACTIONS_MAX]}),
         }
-        await enqueue(conn, "deposit_credited", person_id, payload, now=now)
+        told.append((person_id, payload))
+    await enqueue_all(conn, "deposit_credited", told, now=now)
 
 
 def transaction_of(key: str) -> str:

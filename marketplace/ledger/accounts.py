@@ -9,13 +9,12 @@ An account is named by its kind and owner; the number it gets is for rows, not f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from sqlalchemy import func, select, text
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.ledger.errors import UnknownAccount
@@ -197,40 +196,59 @@ class Balance:
         return self.posted - self.held
 
 
-async def ensure_account(conn: AsyncConnection, account: Account) -> int:
-    """Give back the account's id, creating it (and its zero balance) if the ledger has none yet.
-
-    A floor of zero is set for the kinds in `FLOORED`.  Safe to call from many processes at once.
-    """
-    found = await find_account(conn, account)
-    if found is not None:
-        return found
-    statement = insert(accounts).values(kind=account.kind.value, owner=account.owner)
-    created = await conn.scalar(statement.on_conflict_do_nothing().returning(accounts.c.id))
-    identity = created if created is not None else await find_account(conn, account)
-    if identity is None:
-        raise UnknownAccount(f"{account} appeared and vanished")  # needs READ COMMITTED
-    floor = 0 if account.kind in FLOORED else None
-    row = insert(balances).values(account_id=identity, posted=0, held=0, floor=floor)
-    await conn.execute(row.on_conflict_do_nothing())
-    return int(identity)
-
-
 _FIND_MANY: Final = text(
     """
     SELECT a.id, a.kind, a.owner FROM accounts a
     JOIN unnest(CAST(:kinds AS TEXT[]), CAST(:owners AS TEXT[])) AS w (kind, owner)
       ON a.kind = w.kind AND a.owner = w.owner""",
 )
+_CREATE_MANY: Final = text(
+    """
+    INSERT INTO accounts (kind, owner)
+    SELECT kind, owner FROM unnest(CAST(:kinds AS TEXT[]), CAST(:owners AS TEXT[]))
+        WITH ORDINALITY AS w (kind, owner, place) ORDER BY place
+    ON CONFLICT DO NOTHING""",
+)
+_CREATE_BALANCES: Final = text(
+    """
+    INSERT INTO balances (account_id, posted, held, floor)
+    SELECT id, 0, 0, floor FROM unnest(CAST(:ids AS BIGINT[]), CAST(:floors AS BIGINT[])) AS w (id, floor)
+    ON CONFLICT DO NOTHING""",
+)
+
+
+async def ensure_account(conn: AsyncConnection, account: Account) -> int:
+    """Give back the account's id, creating it (and its zero balance) if the ledger has none yet.
+
+    A floor of zero is set for the kinds in `FLOORED`.  Safe to call from many processes at once.
+    """
+    return (await ensure_accounts(conn, [account]))[account]
 
 
 async def ensure_accounts(conn: AsyncConnection, wanted: Iterable[Account]) -> dict[Account, int]:
-    """`ensure_account` for many: one statement for all that exist; creates in order, so never in a circle."""
+    """`ensure_account` for many, in as few statements; creates in order, so never in a circle."""
     names = sorted(set(wanted))
-    values = {"kinds": [name.kind.value for name in names], "owners": [name.owner for name in names]}
-    rows = await conn.execute(_FIND_MANY, values)
-    found = {Account(Kind(row.kind), row.owner): int(row.id) for row in rows}
-    return {name: found[name] if name in found else await ensure_account(conn, name) for name in names}
+    found = await _find_many(conn, names)
+    missing = [name for name in names if name not in found]
+    if missing:
+        await conn.execute(_CREATE_MANY, _by_column(missing))
+        found |= await _find_many(conn, missing)
+        if len(found) < len(names):
+            vanished = [str(name) for name in names if name not in found]
+            raise UnknownAccount(f"{vanished} appeared and vanished")  # needs READ COMMITTED
+        created = sorted((found[name], 0 if name.kind in FLOORED else None) for name in missing)
+        ids, floors = zip(*created, strict=True)
+        await conn.execute(_CREATE_BALANCES, {"ids": list(ids), "floors": list(floors)})
+    return found
+
+
+async def _find_many(conn: AsyncConnection, names: Sequence[Account]) -> dict[Account, int]:
+    rows = await conn.execute(_FIND_MANY, _by_column(names))
+    return {Account(Kind(row.kind), row.owner): int(row.id) for row in rows}
+
+
+def _by_column(names: Sequence[Account]) -> dict[str, list[str]]:
+    return {"kinds": [name.kind.value for name in names], "owners": [name.owner for name in names]}
 
 
 async def find_account(conn: AsyncConnection, account: Account) -> int | None:
