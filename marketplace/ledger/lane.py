@@ -14,10 +14,9 @@ It talks to asyncpg below SQLAlchemy, for COPY.
 from __future__ import annotations
 
 import asyncio
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
@@ -264,8 +263,12 @@ async def commit(
     *,
     with_loss: bool,
     new_id: NewId,
+    on_sent: Callable[[], None],
 ) -> None:
-    """One transaction: the batch is durable when this returns; on any exception ask the chain's head."""
+    """One transaction: the batch is durable when this returns; on any exception ask the chain's head.
+
+    `on_sent` is called whenever the database has got a piece of work that takes it a while.
+    """
     moves = _moves(part)
     try:
         if with_loss:
@@ -273,7 +276,7 @@ async def commit(
         elif len(part) <= ONE_CALL_ROWS_MAX:
             await _commit_in_one_call(lane, part, attempt, moves)
         else:
-            await _commit_by_copy(lane, part, attempt, rows, moves)
+            await _commit_by_copy(lane, part, attempt, rows, moves, on_sent)
     except asyncpg.PostgresError as e:
         if e.sqlstate != _UNUSUAL:
             raise
@@ -328,16 +331,25 @@ async def _commit_in_one_call(lane: Lane, part: Sequence[Waiting], attempt: Atte
 
 
 async def _copy(lane: Lane, rows: Sequence[bytes]) -> None:
-    source = io.BytesIO(b"".join((COPY_HEADER, *rows, COPY_TRAILER)))
+    # Bytes would be taken for a path, a file be read on another thread.
+    source: Any = memoryview(b"".join((COPY_HEADER, *rows, COPY_TRAILER)))  # not among its declared types
     await lane.driver.copy_to_table("charges", source=source, format="binary", columns=COLUMNS)
 
 
 async def _commit_by_copy(
-    lane: Lane, part: Sequence[Waiting], attempt: Attempt, rows: Sequence[bytes], moves: _Moves
+    lane: Lane,
+    part: Sequence[Waiting],
+    attempt: Attempt,
+    rows: Sequence[bytes],
+    moves: _Moves,
+    on_sent: Callable[[], None],
 ) -> None:
     driver = lane.driver
+    loop = asyncio.get_running_loop()
     async with driver.transaction():
+        loop.call_soon(on_sent)  # runs once the statement has been sent and is waited for
         await _copy(lane, rows)
+        loop.call_soon(on_sent)
         await driver.execute(
             _EXTEND,
             lane.number,

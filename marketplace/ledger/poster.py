@@ -3,7 +3,8 @@
 The next batch leaves when the previous one is durable, so batches grow with the load by themselves: up
 to 512 charges.  Where fewer wait than the previous batch had, it waits 2 ms for the others, since many small
 commits fight for the disk.  One transaction per charge would queue on the shared revenue row (measured: 16
-to 23 times slower).
+to 23 times slower).  Where the next batch is at hand already, those of the durable one are told while the
+database works on it: else the process and the database would take turns.
 
 Exactly once: the charge's id is its key.  A replay of the same charge is accepted and changes nothing;
 the same id with other contents is `KeyReused`.  A batch the database refuses is split until the
@@ -91,6 +92,8 @@ class Poster:
         self._queue_max = queue_max
         self._queue: deque[Waiting] = deque()
         self._in_flight: Sequence[Waiting] = ()
+        self._durable: deque[Waiting] = deque()
+        """Posted, and not told yet."""
         self._last_rows = 0
         """Of the previous batch."""
         self._work = asyncio.Event()
@@ -129,6 +132,7 @@ class Poster:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tell()
         for waiting in self._in_flight:
             _fail(waiting, UnknownResult("closed while the charge was being posted"), keep_hold=True)
         for waiting in self._queue:
@@ -193,6 +197,7 @@ class Poster:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(min(0.25, self._patience_s / 4))
+            self._tell()  # should the next batch not even reach the database
             now = loop.time()
             for waiting in (*self._in_flight, *self._queue):
                 if waiting.give_up_at <= now:
@@ -206,6 +211,9 @@ class Poster:
                 await self._post_all(self._in_flight)
                 self._in_flight = ()
                 self._room.set()
+                if len(self._queue) < lanes.ONE_CALL_ROWS_MAX:
+                    self._tell()
+            self._tell()
         except LedgerBroken as e:
             self._break(e)
         except Exception as e:  # a mistake of ours: nobody may wait for ever
@@ -214,6 +222,7 @@ class Poster:
     def _break(self, error: LedgerBroken, cause: Exception | None = None) -> None:
         _log.critical("the poster is broken and stops", exc_info=cause or error)
         self._broken = error
+        self._tell()
         for waiting in (*self._in_flight, *self._queue):
             _fail(waiting, error, keep_hold=True)
         self._in_flight = ()
@@ -263,8 +272,8 @@ class Poster:
                     middle = len(part) // 2
                     parts += [part[middle:], part[:middle]]
             else:
-                for waiting in part:
-                    self._succeed(waiting, is_new=True)
+                self._tell()  # those of the batch before, if any are left
+                self._durable.extend(part)
 
     async def _post_part(self, part: Sequence[Waiting]) -> None:
         """Commit these charges, outlasting faults; raises only what is the charges' own fault."""
@@ -273,10 +282,14 @@ class Poster:
             lane = await self._claimed()
             attempt, rows = lane.prepare([waiting.charge for waiting in part])
             try:
-                await lanes.commit(lane, part, attempt, rows, with_loss=with_loss, new_id=self._new_id)
+                await lanes.commit(
+                    lane, part, attempt, rows,
+                    with_loss=with_loss, new_id=self._new_id, on_sent=self._tell_half,
+                )  # fmt: skip
             except NeedsLossAccountError:
                 with_loss = True
             except _FAULTS as e:
+                self._tell()
                 if _is_charges_fault(e):
                     raise
                 _log.warning("a batch met a fault; asking the lane's chain", exc_info=True)
@@ -339,6 +352,14 @@ class Poster:
         if lane is not None:
             with contextlib.suppress(*_FAULTS):
                 await lane.drop()
+
+    def _tell_half(self) -> None:
+        """The database has got its next piece of work: time for some of those whose charges are durable."""
+        self._tell(BATCH_ROWS_MAX // 2)
+
+    def _tell(self, most: int = QUEUE_MAX) -> None:
+        for _ in range(min(most, len(self._durable))):
+            self._succeed(self._durable.popleft(), is_new=True)
 
     def _succeed(self, waiting: Waiting, *, is_new: bool) -> None:
         if waiting.hold is not None:

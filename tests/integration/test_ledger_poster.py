@@ -29,7 +29,7 @@ from marketplace.ledger.ids import uuid7
 from marketplace.ledger.lane import ONE_CALL_ROWS_MAX
 from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.money import Nano, split
-from marketplace.ledger.poster import Poster
+from marketplace.ledger.poster import BATCH_ROWS_MAX, Poster
 from marketplace.ledger.posting import post_transfer
 from marketplace.ledger.reconcile import Check, prove
 from marketplace.platform.database import connect
@@ -227,6 +227,26 @@ async def test_many_charges_share_few_commits_and_the_book_proves_itself(ledger_
     assert total.amount.n == sum(charge.amount.n for charge in (*first, *second))
     assert await everything_holds(ledger_engine)
     assert (await balance_of(ledger_engine, accounts.buyer("buyer-0"))).held.n == 0
+
+
+async def test_those_of_a_durable_batch_are_told_while_the_next_one_is_stuck(ledger_engine, owner_engine):
+    """They are told late, so that the database works meanwhile; not as late as the next commit."""
+    buyer = await a_buyer(ledger_engine, balance=DOLLAR)
+    quick = await an_operator(ledger_engine, "olga")
+    stuck = await an_operator(ledger_engine, "oscar")
+    async with serving(ledger_engine) as (_, poster):
+        lock = text("SELECT FROM balances WHERE account_id = :id FOR UPDATE")
+        async with owner_engine.begin() as conn:
+            await conn.execute(lock, {"id": stuck})
+            first = [
+                asyncio.ensure_future(poster.post(a_charge(buyer, quick, 1))) for _ in range(BATCH_ROWS_MAX)
+            ]
+            second = [asyncio.ensure_future(poster.post(a_charge(buyer, stuck, 1))) for _ in range(100)]
+            assert all(await asyncio.wait_for(asyncio.gather(*first), 4))
+            assert not any(posting.done() for posting in second)
+            assert poster.waiting == 100
+        assert all(await asyncio.gather(*second))
+    assert await everything_holds(ledger_engine)
 
 
 async def test_a_replayed_charge_changes_nothing_and_an_altered_one_is_refused(ledger_engine):
