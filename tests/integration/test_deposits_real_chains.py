@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from chain.evm.reader import EvmReader
 from chain.evm.rpc import JsonRpc
 from chain.localnet import evm as localnet
 from chain.localnet import settings as localnet_settings
@@ -30,6 +31,7 @@ from chain.solana.keystore import from_seed
 from chain.solana.rpc import SolanaRpc
 from chain.units import Micro
 from marketplace.deposits import service
+from marketplace.deposits.cursor import Cursor, load_cursor
 from marketplace.deposits.pool import pool_keeper
 from marketplace.deposits.qr import qr_svg
 from marketplace.deposits.routes import router
@@ -342,15 +344,25 @@ async def test_a_reorg_below_finality_halts_the_chain(town: Town) -> None:
         rpc = town.evm[Chain.BASE]
         await town.pay(Chain.BASE, address, 9_000_000)
         await town.until_credited(9_000_000)
-        await rpc.call("anvil_reorg", SETTINGS.base.finality_lag_blocks + 3, [], shape=msgspec.Raw)
-        await localnet.mine(rpc, 8)
+
+        async def cursor() -> Cursor:
+            async with transaction(town.engine) as conn:
+                there = await load_cursor(conn, Chain.BASE)
+            assert there is not None
+            return there
+
+        final = (await EvmReader(EVM_NETWORKS[Chain.BASE], rpc).final()).height
+
+        async def knows_the_final_block() -> bool:
+            return (await cursor()).window.final.height >= final
 
         async def is_halted() -> bool:
-            from marketplace.deposits.cursor import load_cursor
+            halt = (await cursor()).halt
+            return halt is not None and halt.by == "watcher"
 
-            async with transaction(town.engine) as conn:
-                cursor = await load_cursor(conn, Chain.BASE)
-            return cursor is not None and cursor.halt is not None and cursor.halt.by == "watcher"
+        await town.until(knows_the_final_block)  # what it has not read, no reorg can contradict
+        await rpc.call("anvil_reorg", SETTINGS.base.finality_lag_blocks + 3, [], shape=msgspec.Raw)
+        await localnet.mine(rpc, 8)
 
         await town.until(is_halted)
         await town.pay(Chain.BASE, address, 50_000_000)

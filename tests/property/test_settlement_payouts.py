@@ -106,14 +106,15 @@ class Payouts(RuleBasedStateMachine):
             return
         assert self.refusal(self.desk.approve(live.id, signer)) in {None, "wrong_state"}
 
-    @rule()
-    def go_to_the_end(self) -> None:
+    @rule(dies_on_the_way=st.booleans())
+    def go_to_the_end(self, dies_on_the_way: bool) -> None:
         """What should happen, so that some batches come to their end."""
         self.desk.rail.is_paused = False
         for _ in range(6):
-            self.go_on()
+            self.go_on(dies_on_the_way=dies_on_the_way)
+            self.p8_status_only_goes_forward()
 
-    def go_on(self) -> None:
+    def go_on(self, *, dies_on_the_way: bool) -> None:
         live = self.live()
         if live is None:
             self.request(0, 10, is_repeated=False)
@@ -121,6 +122,8 @@ class Payouts(RuleBasedStateMachine):
         elif live.status is Payout.PLANNED:
             self.approve(0)
             self.approve(1)
+        elif live.status is Payout.APPROVED and dies_on_the_way:
+            self.die("stored")
         else:
             self.tick(1)
             self.desk.rail.mine()
