@@ -1,6 +1,6 @@
 """What the fabric and the agent add to an engine, and how many nodes they bear: `make bench NAME=node`.
 
-1. Gateway + NATS + agent against the same real vLLM asked directly, request by request in turns.
+1. Gateway + NATS + agent against the same real vLLM asked directly for the same, request by request in turns.
 2. One agent on one core beside a stub engine that answers at once: streams and tokens a second.
 3. 10,000 nodes, each with its own connection and key, on one NATS server: memory of the registry, CPU of
    their presence, time to choose one of them, time until one that died is no longer chosen.
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
@@ -29,7 +30,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,10 +64,18 @@ from node_agent import protocol
 from node_agent.config import VLLM_CPU_ARGV, VLLM_CPU_ENVIRONMENT
 
 ENGINE: Final = ROOT / ".engine"
+ENGINE_CORE: Final = 0
+"""vLLM computes on the CPU here, in one thread: without a core of its own, as with a GPU, it would be slowed
+by whatever else runs."""
 AGENT_CORE, LOAD_CORE = 0, 1
 PAIRS: Final = 24
 """Single requests each way, in turns."""
 PAIR_TOKENS: Final = 12
+METERED: Final[dict[str, object]] = {
+    "return_token_ids": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+}
+"""What the agent asks of the engine beyond what the buyer asked."""
 ROUNDS: Final = 3
 STREAMS: Final = 8
 STREAM_TOKENS: Final = 40
@@ -90,6 +99,7 @@ class Target:
     url: str
     key: str
     model: str
+    options: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,8 +114,9 @@ class Stream:
         return 1e3 * (self.events[0] - self.asked)
 
     @property
-    def per_token_ms(self) -> float:
-        return 1e3 * (self.events[-1] - self.events[0]) / (len(self.events) - 1)
+    def gaps_ms(self) -> list[float]:
+        """Between the first and the last, which in our case waits for its charge's commit."""
+        return [1e3 * (after - before) for before, after in itertools.pairwise(self.events)]
 
 
 async def ask(http: httpx.AsyncClient, target: Target, tokens: int) -> Stream:
@@ -113,6 +124,7 @@ async def ask(http: httpx.AsyncClient, target: Target, tokens: int) -> Stream:
     content = {
         "model": target.model, "stream": True, "max_tokens": tokens, "ignore_eos": True, "temperature": 0,
         "messages": [{"role": "user", "content": f"{secrets.token_hex(4)}: what is a fair price?"}],
+        **target.options,
     }  # fmt: skip
     stream = Stream(time.perf_counter())
     headers = {"authorization": f"Bearer {target.key}"}
@@ -126,32 +138,40 @@ async def ask(http: httpx.AsyncClient, target: Target, tokens: int) -> Stream:
     return stream
 
 
-async def compare(direct: Target, ours: Target, *, is_quick: bool) -> dict[str, float]:
-    singles: dict[str, list[Stream]] = {direct.name: [], ours.name: []}
-    rates: dict[str, list[float]] = {direct.name: [], ours.name: []}
+async def compare(plain: Target, ours: Target, *, is_quick: bool) -> dict[str, float]:
+    """What is between buyer and engine, over the engine asked for the same: ids and usage in each event.
+
+    `plain` asks for neither; what exact metering costs in the engine is the difference of the two.
+    """
+    direct = replace(plain, name="direct", options=METERED)
+    targets = (plain, direct, ours)
+    singles: dict[str, list[Stream]] = {target.name: [] for target in targets}
+    rates: dict[str, list[float]] = {target.name: [] for target in targets}
     async with httpx.AsyncClient(timeout=120, trust_env=False) as http:
-        for target in (direct, ours):
+        for target in targets:
             await ask(http, target, PAIR_TOKENS)
         for number in range(4 if is_quick else PAIRS):
-            for target in (direct, ours) if number % 2 == 0 else (ours, direct):
+            for target in targets if number % 2 == 0 else targets[::-1]:
                 singles[target.name].append(await ask(http, target, PAIR_TOKENS))
         for number in range(1 if is_quick else ROUNDS):
-            for target in (direct, ours) if number % 2 == 0 else (ours, direct):
+            for target in targets if number % 2 == 0 else targets[::-1]:
                 began = time.perf_counter()
                 await asyncio.gather(*(ask(http, target, STREAM_TOKENS) for _ in range(STREAMS)))
                 rates[target.name].append(STREAMS * STREAM_TOKENS / (time.perf_counter() - began))
+    gaps = {name: [gap for s in streams for gap in s.gaps_ms] for name, streams in singles.items()}
     for name, streams in singles.items():
         say(
-            f"{name:8} first token p50 {statistics.median(s.first_ms for s in streams):8.2f} ms, a token "
-            f"{statistics.median(s.per_token_ms for s in streams):7.2f} ms, {STREAMS} streams "
-            f"{statistics.median(rates[name]):6.1f} tokens/s"
+            f"{name:6} first token p50 {statistics.median(s.first_ms for s in streams):7.2f} ms, a token "
+            f"{statistics.median(gaps[name]):7.2f} ms, the last "
+            f"{statistics.median(s.gaps_ms[-1] for s in streams):7.2f} ms, {STREAMS} streams "
+            f"{statistics.median(rates[name]):5.1f} tokens/s"
         )
     pairs = list(zip(singles[ours.name], singles[direct.name], strict=True))
     ratio = statistics.median(rates[ours.name]) / statistics.median(rates[direct.name])
     return {
         "ttft_added_p50_ms": round(statistics.median(a.first_ms - b.first_ms for a, b in pairs), 2),
         "per_token_added_p50_ms": round(
-            statistics.median(a.per_token_ms - b.per_token_ms for a, b in pairs), 3
+            statistics.median(gaps[ours.name]) - statistics.median(gaps[direct.name]), 3
         ),
         "throughput_ratio_8": round(ratio, 3),
     }
@@ -167,6 +187,7 @@ def vllm(folder: Path, model: Path, key: str) -> Iterator[str]:
     }  # fmt: skip
     argv = [part.format(**values) for part in VLLM_CPU_ARGV]
     environment = {**os.environ, **VLLM_CPU_ENVIRONMENT, "VLLM_API_KEY": key}
+    argv = ["taskset", "-c", str(ENGINE_CORE), *argv]
     child = start_child(argv, log=folder / "vllm.log", env=environment)
     url, began = f"http://127.0.0.1:{port}", time.monotonic()
     try:
@@ -185,10 +206,26 @@ def vllm(folder: Path, model: Path, key: str) -> Iterator[str]:
         stop_child(child, stop_signal=signal.SIGTERM, patience_s=20)
 
 
+@contextmanager
+def everybody_on(core: int) -> Iterator[None]:
+    """Keep this process, the database and what is started meanwhile to one core."""
+    before = os.sched_getaffinity(0)
+    pids = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+    for pid in pids:
+        os.sched_setaffinity(pid, {core})
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(pid, before)
+
+
 def engine_part(server: EmbeddedPostgres, folder: Path, model: str, *, is_quick: bool) -> dict[str, float]:
     model_folder, key = ENGINE / "models" / model, secrets.token_hex(12)
     files, _ = read_model_folder(model_folder)
     with ExitStack() as stack:
+        stack.enter_context(everybody_on(LOAD_CORE))
         url = stack.enter_context(vllm(folder, model_folder, key))
         market = stack.enter_context(marketplace(server, folder, files, gateway_core=None, buyers=1, nodes=1))
         node_id, seed = next(iter(market.cast.nodes.items()))
@@ -200,7 +237,7 @@ def engine_part(server: EmbeddedPostgres, folder: Path, model: str, *, is_quick:
         )  # fmt: skip
         ours = Target("ours", f"http://127.0.0.1:{market.subject.port}", market.cast.keys[0], MODEL)
         _wait_for_node(ours)
-        return asyncio.run(compare(Target("direct", url, key, MODEL), ours, is_quick=is_quick))
+        return asyncio.run(compare(Target("plain", url, key, MODEL), ours, is_quick=is_quick))
 
 
 def _wait_for_node(target: Target) -> None:

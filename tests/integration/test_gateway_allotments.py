@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from marketplace.platform import allotments
 from marketplace.platform.allotments import (
     MINUTE_MS,
     PART_MS,
@@ -94,6 +95,22 @@ async def test_a_busy_subject_is_served_from_memory(engine: AsyncEngine) -> None
                 await one.take("ann", ceiling)
             await asyncio.sleep(0.001)
         assert from_memory > 250
+
+
+async def test_who_was_here_lately_does_not_wait_for_the_database(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allotments, "WARM_S", 3 * PART_MS / 1000)
+    ceiling, scarce = Ceiling("requests", 60, MINUTE_MS), Ceiling("scarce", allotments.PARTS - 1, MINUTE_MS)
+    async with processes(engine, 1) as (one,):
+        assert isinstance(await one.take("ann", ceiling), Grant)
+        assert isinstance(await one.take("ann", scarce), Grant)
+        await asyncio.sleep(2 * PART_MS / 1000)  # the parts of then have ended
+        assert one.take_now("ann", ceiling) is not None
+        assert one.take_now("ann", scarce) is None  # one of seven may be what another process needs
+        await asyncio.sleep(5 * PART_MS / 1000)
+        assert one.take_now("ann", ceiling) is None
+        assert await _units(engine, "ann") == 3  # what was only kept at hand has gone back
 
 
 async def test_a_window_frees_what_left_it_and_not_before(engine: AsyncEngine) -> None:
