@@ -8,9 +8,11 @@ not spent back.  Amounts here are plain ints of nano-dollars, for speed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from uuid import UUID
+
+import msgspec
 
 from marketplace.ledger.money import Nano
 
@@ -37,13 +39,12 @@ class Slice:
     used_at_ns: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class Hold:
+class Hold(msgspec.Struct, eq=False, gc=False):
     """The worst-case cost of one request, set aside in a slice."""
 
     slice: Slice
     amount_nano: int
-    state: HoldState = field(default=HoldState.OPEN)
+    state: HoldState = HoldState.OPEN
 
     @property
     def amount(self) -> Nano:
@@ -77,12 +78,13 @@ class LeaseBook:
     def authorise(self, buyer: int, amount_nano: int) -> Hold | None:
         """Set `amount_nano` aside, or None if no live slice covers it."""
         part = self._slices.get(buyer)
-        if part is None or not 0 <= amount_nano <= part.free_nano:
+        if part is None:
             return None
+        free_nano = part.free_nano - amount_nano
         now = self._clock_ns()
-        if now >= part.usable_until_ns:
+        if amount_nano < 0 or free_nano < 0 or now >= part.usable_until_ns:
             return None
-        part.free_nano -= amount_nano
+        part.free_nano = free_nano
         part.reserved_nano += amount_nano
         part.used_at_ns = now
         return Hold(part, amount_nano)
@@ -96,7 +98,8 @@ class LeaseBook:
         if hold.state is _ENDED:
             return
         hold.state = _ENDED
-        part, held = hold.slice, hold.amount_nano
+        part = hold.slice
+        held = hold.amount_nano
         part.reserved_nano -= held
         if cost_nano < held:
             part.free_nano += held - cost_nano
