@@ -197,21 +197,16 @@ async def _against_c(
         script = Path(folder) / "batch.sql"
         script.write_text("\n".join(" ".join(part.split()) + ";" for part in sql.split(";") if part.strip()))
         workers = [_Worker(url) for _ in range(2)]
+
+        async def in_c(rows: int) -> float:
+            """Batches a second of so many charges, by one client in C that computes nothing."""
+            argv = ("-n", "-c", "1", "-T", "3", "-D", f"k={rows}", "-f", str(script))
+            return await asyncio.to_thread(pgbench, server, "charging", *argv)
+
+        for rows in (16, 64):  # what no group commit of so many clients can pass
+            say(f"C, batches of {rows}: {await in_c(rows) * rows:,.0f}/s")
         for _ in range(ROUNDS):
-            batches = await asyncio.to_thread(
-                pgbench,
-                server,
-                "charging",
-                "-n",
-                "-c",
-                "1",
-                "-T",
-                "3",
-                "-D",
-                f"k={BATCH_C}",
-                "-f",
-                str(script),
-            )
+            batches = await in_c(BATCH_C)
             single = await _closed_loop(1_024, grouped, ROUND_S * 2)
             double = sum(await asyncio.gather(*(asyncio.to_thread(w.run, ROUND_S * 2) for w in workers)))
             eight = await asyncio.to_thread(
