@@ -49,7 +49,7 @@ SWEEP_S: Final = 3_600.0
 WARM_S: Final = 30.0
 """So long after its last request a subject's next one finds its units in memory."""
 WARM_MAX: Final = 25
-"""Subjects whose units are fetched for that each time, every `KEEP_S`: some 50, for 2 % of the database's core."""
+"""Fetched for that each time, every `KEEP_S`: enough for 50, at 2 % of a core of the database's."""
 
 _TAKE: Final = """
     SELECT place, granted, remaining, mark, reset_ms
