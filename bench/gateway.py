@@ -59,6 +59,8 @@ SLOW_PACE_MS: Final = 100
 LATE_MS: Final = 250
 OPEN_STREAMS: Final = 1_000
 STREAM_KIB_MAX: Final = 100
+WARM_MS: Final = 2_000
+"""So long, since every one of our buyers has been away for longer than his lease lives."""
 LIMITED_BELOW: Final = 0.9
 """A closed loop that leaves more of the gateway's core idle is limited by something else."""
 
@@ -84,9 +86,10 @@ EVERYBODY: Final = (
 )  # fmt: skip
 STREAMERS: Final = (DIRECT, "nginx", "vllm-router", "sglang-router", OURS, APART)
 PHASES: Final = (
-    Phase("plain", f"plain answers, {CLIENTS} clients", None, {"clients": CLIENTS}, EVERYBODY, 3),
+    Phase("plain", f"plain answers, {CLIENTS} clients", None,
+          {"clients": CLIENTS, "warm_ms": WARM_MS}, EVERYBODY, 3),
     Phase("stream", f"streams of {TOKENS} chunks at once, {CLIENTS} clients", 0,
-          {"clients": CLIENTS}, STREAMERS, 3),
+          {"clients": CLIENTS, "warm_ms": WARM_MS}, STREAMERS, 3),
     Phase("paced", f"streams at {PACE_MS} ms a chunk, {CLIENTS} clients", PACE_MS,
           {"clients": CLIENTS, "warm_ms": 1500}, STREAMERS, 4),
     Phase("fifty", "50 plain answers a second", None, {"clients": 64, "rate": 50},
@@ -146,7 +149,7 @@ class Bench:
                 if is_slow and number == 2:
                     continue
                 seconds = phase.slow_s if is_slow else phase.seconds
-                options = {"warm_ms": 3000 if is_slow else 700, **phase.options}
+                options = {"warm_ms": 700, **phase.options} | ({"warm_ms": 3000} if is_slow else {})
                 load = self.load(
                     name, pace_ms=phase.pace_ms, seconds=seconds / (2 if self.is_quick else 1), **options
                 )
