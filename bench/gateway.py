@@ -149,7 +149,9 @@ class Bench:
                 if is_slow and number == 2:
                     continue
                 seconds = phase.slow_s if is_slow else phase.seconds
-                options = {"warm_ms": 700, **phase.options} | ({"warm_ms": 3000} if is_slow else {})
+                options = {"warm_ms": 700, **phase.options}
+                if is_slow:
+                    options["warm_ms"] = 3_000
                 load = self.load(
                     name, pace_ms=phase.pace_ms, seconds=seconds / (2 if self.is_quick else 1), **options
                 )

@@ -203,7 +203,7 @@ async def _against_c(
             argv = ("-n", "-c", "1", "-T", "3", "-D", f"k={rows}", "-f", str(script))
             return await asyncio.to_thread(pgbench, server, "charging", *argv)
 
-        for rows in (16, 64):  # what no group commit of so many clients can pass
+        for rows in (16, 64):  # the same statement in C, planned anew for each batch
             say(f"C, batches of {rows}: {await in_c(rows) * rows:,.0f}/s")
         for _ in range(ROUNDS):
             batches = await in_c(BATCH_C)

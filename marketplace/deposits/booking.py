@@ -358,7 +358,7 @@ def _columns(row: _Row, now: datetime) -> dict[str, object]:
         "is_direct": row.attribution.is_direct,
         "status": row.status.value,
         "final_at": now if is_final else None,
-        "transfer_ref": row.ref if is_final else None,
+        "transfer_ref": row.ref,
         "is_held": is_final and person is not None and person.is_held,
     }
 

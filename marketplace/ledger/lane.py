@@ -267,7 +267,7 @@ async def commit(
 ) -> None:
     """One transaction: the batch is durable when this returns; on any exception ask the chain's head.
 
-    `on_sent` is called whenever the database has got a piece of work that takes it a while.
+    `on_sent` is called, for a batch that goes by COPY, whenever the database has got work for a while.
     """
     moves = _moves(part)
     try:

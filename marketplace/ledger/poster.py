@@ -211,7 +211,7 @@ class Poster:
                 await self._post_all(self._in_flight)
                 self._in_flight = ()
                 self._room.set()
-                if len(self._queue) < lanes.ONE_CALL_ROWS_MAX:
+                if len(self._queue) <= lanes.ONE_CALL_ROWS_MAX:  # the next goes in one call
                     self._tell()
             self._tell()
         except LedgerBroken as e:
