@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 from deposits_parts import ESCROW, STRANGER, Bench, a_known_person, final, start
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.errors import RpcUnavailable
@@ -186,6 +186,25 @@ async def test_small_deposits_wait_until_their_sum_reaches_the_minimum(bench: Be
     bench.node.finalize()
     await bench.settle(watcher)
     assert await bench.buyer(person) == 5_000_000_000
+    await bench.books_hold()
+
+
+async def test_each_persons_waiting_sum_is_his_own_where_one_range_completes_several(bench: Bench) -> None:
+    (ann, anns), (bob, bobs), (eve, eves) = [await bench.a_buyer() for _ in range(3)]
+    watcher = bench.a_watcher()
+    await bench.settle(watcher)
+    bench.node.mine(bench.pays(anns, 3), bench.pays(bobs, 4), bench.pays(eves, 1))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    bench.node.mine(bench.pays(anns, 2), bench.pays(bobs, 2), bench.pays(eves, 3))
+    bench.node.finalize()
+    await bench.settle(watcher)
+    credited = [await bench.buyer(person) for person in (ann, bob, eve)]
+    assert credited == [5_000_000_000, 6_000_000_000, 0]
+    assert await bench.balance(accounts.unattributed("base")) == 4_000_000_000
+    async with bench.engine.connect() as conn:
+        told = await conn.execute(text("SELECT person_id, payload ->> 'amount_micro' FROM notices"))
+    assert {tuple(row) for row in told} == {(ann, "5000000"), (bob, "6000000")}
     await bench.books_hold()
 
 
