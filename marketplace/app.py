@@ -64,6 +64,7 @@ from marketplace.notices.routes import router as notices_router
 from marketplace.platform import database
 from marketplace.platform.allotments import Allotments
 from marketplace.platform.clock import SystemClock
+from marketplace.platform.garbage import give_back
 from marketplace.platform.http import Services, install_error_handlers
 from marketplace.platform.ids import uuid7
 from marketplace.platform.limits import (
@@ -99,9 +100,11 @@ _log = structlog.get_logger()
 
 
 def _counter_of(files: TokenizerFiles) -> TokenCounter:
-    return TokenCounter(
+    counter = TokenCounter(
         tokenizer=files.tokenizer, chat_template=files.chat_template, special_tokens=files.special_tokens
     )
+    give_back()
+    return counter
 
 
 class Gateway:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Request
 from pydantic import SecretStr
@@ -13,13 +13,15 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.billing.errors import BadEvent
-from marketplace.billing.events import BYTES_MAX, StripeEvent, read_event
-from marketplace.billing.stripe_identity import EVENTS, StripeIdentity
+from marketplace.billing.events import ABOUT_CHECKS, BYTES_MAX, StripeEvent, read_event
 from marketplace.billing.tables import stripe_events
 from marketplace.platform.database import transaction
 from marketplace.platform.http import Refusal, RefusalOut, ServicesDep
 from marketplace.platform.identity_checks import IdentityUnavailable, Outcome
 from marketplace.platform.settings import Settings
+
+if TYPE_CHECKING:
+    from marketplace.billing.stripe_identity import StripeIdentity
 
 router = APIRouter(prefix="/api", tags=["webhooks"])
 
@@ -46,6 +48,8 @@ def open_door(
     """Set Stripe up as the settings say; None where they name no key."""
     if not settings.stripe_api_key.get_secret_value():
         return None
+    from marketplace.billing.stripe_identity import StripeIdentity
+
     identity = StripeIdentity(settings.stripe_api_key, api_base=settings.stripe_api_base)
     return StripeDoor(identity, settings.stripe_webhook_secret, on_identity)
 
@@ -69,7 +73,7 @@ async def stripe_webhook(
         )
     except BadEvent as e:
         raise Refusal(400, "bad_event", str(e)) from e
-    if not event.kind.startswith(EVENTS):
+    if not event.kind.startswith(ABOUT_CHECKS):
         return
     try:
         outcome = await door.identity.read(event.object_id)

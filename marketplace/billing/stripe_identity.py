@@ -12,8 +12,6 @@ from marketplace.platform.identity_checks import CheckStatus, IdentityUnavailabl
 
 TIMEOUT_S: Final = 20
 RETRIES: Final = 2
-EVENTS: Final = "identity.verification_session."
-"""How the kinds of events begin that are about checks."""
 _STATUS: Final = {
     "requires_input": CheckStatus.OPEN,
     "processing": CheckStatus.OPEN,
