@@ -99,6 +99,8 @@ class Limits:
 
 
 FrameCallback = Callable[[Frame], None]
+Passage = Callable[[Delta], bool]
+"""Takes a delta where it arrives, or says False and leaves it for the reply's reader."""
 
 
 class Witness(Protocol):
@@ -127,6 +129,7 @@ class Reply:
         "_is_stream",
         "_last_s",
         "_loop",
+        "_passage",
         "_reader",
         "_started_s",
         "_timer",
@@ -154,6 +157,7 @@ class Reply:
         self._error: RequestBroken | None = None
         self._heartbeats = 0
         self._watch = watch
+        self._passage: Passage | None = None
         self._is_stream = request.stream
         self._started_s = self._last_s = self._loop.time()
         limits = client.limits
@@ -196,6 +200,14 @@ class Reply:
         self._frames.clear()
         self._grant()
         return frames
+
+    def pass_on(self, passage: Passage) -> None:
+        """Have deltas offered to `passage` as they arrive, while nothing waits here before them.
+
+        It spares the reader a wake-up for each.  `passage` runs in the read loop: it must be quick, and it
+        must not raise.
+        """
+        self._passage = passage
 
     async def _arrival(self) -> None:
         """Return when there are frames or the end; raises the error if that is what comes next."""
@@ -255,6 +267,9 @@ class Reply:
         kind = type(frame)
         if kind is Delta:
             self.had_delta = True
+            if self._passage is not None and not self._frames and self._passage(frame):  # type: ignore[arg-type]
+                self._grant()
+                return
         elif kind is Heartbeat:
             self._heartbeats += 1
             if self._heartbeats > HEARTBEATS_MAX:

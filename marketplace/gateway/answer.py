@@ -141,15 +141,35 @@ class Answer:
             if delta.index >= self._asked:
                 raise ChoiceUnknown
         self.has_begun = self.has_begun or bool(frame.choices)
-        if frame.prompt_tokens is not None:
-            self.prompt_reported = frame.prompt_tokens
-        if frame.completion_tokens is not None:
-            self.completion_reported = frame.completion_tokens
+        self._note_counts(frame)
         for delta in frame.choices:
             self._take_choice(delta)
 
+    def take_plain(self, frame: Delta) -> bytes:
+        """`take` and `chunk` in one for a frame of nothing but text of choices the buyer has begun to read.
+
+        Nearly all are such; of any other nothing is taken, and b"" is given.
+        """
+        if self.is_whole or not frame.choices or not all(map(self._is_plain, frame.choices)):
+            return b""
+        events = []
+        for delta in frame.choices:
+            choice, content = self._choices[delta.index], delta.content
+            if content:
+                choice.text.append(content)
+            if delta.token_ids:
+                choice.ids.extend(delta.token_ids)
+            elif content:
+                choice.has_all_ids = False
+            events.append(self._plain_event(delta))
+        self._note_counts(frame)
+        return b"".join(events)
+
     def finish(self, frame: End) -> None:
         """Note the node's final counts."""
+        self._note_counts(frame)
+
+    def _note_counts(self, frame: Delta | End) -> None:
         if frame.prompt_tokens is not None:
             self.prompt_reported = frame.prompt_tokens
         if frame.completion_tokens is not None:
@@ -220,19 +240,25 @@ class Answer:
         """Write a frame as SSE events: one per engine event, the usage on the last."""
         if not frame.choices:
             return b""
-        *earlier, last = frame.choices
-        events = [self._plain_event(delta) or self._event([self._choice_out(delta)]) for delta in earlier]
-        plain = b"" if usage is not None else self._plain_event(last)
-        events.append(plain or self._event([self._choice_out(last)], usage))
-        return b"".join(events)
+        last = frame.choices[-1]
+        return b"".join([
+            self._plain_event(delta)
+            if (usage is None or delta is not last) and self._is_plain(delta)
+            else self._event([self._choice_out(delta)], usage if delta is last else None)
+            for delta in frame.choices
+        ])  # fmt: skip
+
+    def _is_plain(self, delta: ChoiceDelta) -> bool:
+        """Tell whether an event is nothing but text, of a choice that has begun."""
+        choice = self._choices.get(delta.index)
+        return (
+            choice is not None and choice.delivered and delta.content is not None
+            and delta.finish_reason is None
+            and not (delta.reasoning or delta.tool_calls or delta.logprobs)
+        )  # fmt: skip
 
     def _plain_event(self, delta: ChoiceDelta) -> bytes:
-        """Write an event that is nothing but text, as nearly all are, without building it; else b""."""
-        if (
-            delta.content is None or delta.finish_reason is not None or delta.reasoning or delta.tool_calls
-            or delta.logprobs or not self._choices[delta.index].delivered
-        ):  # fmt: skip
-            return b""
+        """Write an event that `_is_plain` without building it."""
         if not self._plain_start:
             whole = self._event([])
             self._plain_start = whole[: whole.rindex(b"]")] + b'{"index":'

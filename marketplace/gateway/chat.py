@@ -20,7 +20,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 from uuid import UUID
 
@@ -493,6 +493,8 @@ class ChatService:
         try:
             async with self._nodes.request(node.node_id, message) as reply:
                 responder.when_gone(reply.cancel)
+                if session.is_stream:
+                    reply.pass_on(partial(_pass_on, answer, responder))
                 while frames := await reply.batch():
                     out = b"".join([self._take(frame, responder, session) for frame in frames])
                     if out:
@@ -594,6 +596,17 @@ class ChatService:
         if refusal.retry_after_s is not None and not is_told:
             headers.append((b"retry-after", str(refusal.retry_after_s).encode()))
         return headers
+
+
+def _pass_on(answer: Answer, responder: Responder, frame: Delta) -> bool:
+    """Send a stream's ordinary part where it arrives; False where there is more to do than that."""
+    if not responder.is_clear:  # not begun, or a slow reader: that is for who can wait
+        return False
+    events = answer.take_plain(frame)
+    if not events:
+        return False
+    responder.send_now(events)
+    return True
 
 
 @lru_cache(maxsize=10_000)

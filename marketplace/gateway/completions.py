@@ -111,9 +111,9 @@ class CompletionAnswer(Answer):
         super().__init__(request_id=request_id, model=model, created_s=created_s, choices=choices)
         self._offsets: dict[int, int] = {}
 
-    def _plain_event(self, delta: ChoiceDelta) -> bytes:
+    def _is_plain(self, delta: ChoiceDelta) -> bool:
         del delta
-        return b""
+        return False
 
     def _choice_out(self, delta: ChoiceDelta) -> dict[str, Any]:
         choice = self._choices[delta.index]

@@ -148,6 +148,15 @@ class ChatCycle:
             framing += b"transfer-encoding: chunked\r\n"
         self._transport.write(_head(status, headers, content_type, framing, keep_alive=self.keep_alive))
 
+    @property
+    def is_clear(self) -> bool:
+        return self.response_started and not (
+            self.is_gone or self._flow.write_paused or self.response_complete
+        )
+
+    def send_now(self, data: bytes) -> None:
+        self._transport.write(self._framed(data))
+
     async def send(self, data: bytes) -> None:
         if self.is_gone:
             raise BuyerGone

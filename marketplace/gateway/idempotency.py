@@ -158,6 +158,10 @@ class Held:
         return self._inner.is_gone
 
     @property
+    def is_clear(self) -> bool:
+        return self._inner.is_clear
+
+    @property
     def is_counted(self) -> bool:
         return self._inner.is_counted
 
@@ -184,6 +188,10 @@ class Held:
     async def send(self, data: bytes) -> None:
         self._remember(data)
         await self._inner.send(data)
+
+    def send_now(self, data: bytes) -> None:
+        self._remember(data)
+        self._inner.send_now(data)
 
     def end(self, data: bytes = b"") -> None:
         if self._end is None:

@@ -60,6 +60,11 @@ class Responder(Protocol):
         ...
 
     @property
+    def is_clear(self) -> bool:
+        """The stream has begun and its buyer keeps up: `send_now` may be called."""
+        ...
+
+    @property
     def is_counted(self) -> bool:
         """Somebody before us has counted this request against its caller's rate limit."""
         ...
@@ -89,6 +94,10 @@ class Responder(Protocol):
         """Send a part of the stream, waiting while the buyer is slow; BuyerGone when he has left."""
         ...
 
+    def send_now(self, data: bytes) -> None:
+        """Send a part of the stream without waiting; only while `is_clear`."""
+        ...
+
     def end(self, data: bytes = b"") -> None:
         """Send the stream's last part and finish; harmless if the buyer is gone."""
         ...
@@ -110,6 +119,7 @@ class AsgiResponder:
         self.headers: Mapping[bytes, bytes] = dict(scope["headers"])
         self.has_query = bool(scope.get("query_string"))
         self.is_gone = False
+        self.is_clear = False  # every part waits for its turn in the row
         self.is_counted = True  # by the framework's middleware
         self._receive = receive
         self._send = send
@@ -211,6 +221,9 @@ class AsgiResponder:
                 self._leave()
             if self.is_gone:
                 raise BuyerGone
+
+    def send_now(self, data: bytes) -> None:
+        self._put({"type": "http.response.body", "body": data, "more_body": True})
 
     def end(self, data: bytes = b"") -> None:
         if not self._is_over:

@@ -377,6 +377,39 @@ async def test_a_slow_consumer_slows_the_node(service: FabricService, node: Spea
         assert len([frame async for frame in reply]) == 7
 
 
+async def test_deltas_are_passed_on_where_they_arrive_and_in_order(
+    service: FabricService, node: SpeakingNode
+) -> None:
+    seen: list[str] = []
+    is_clear = True
+
+    def passage(frame: Delta) -> bool:
+        if is_clear:
+            seen.append(f"passed {frame.seq}")
+        return is_clear
+
+    async with service.nodes.request(node.node_id, a_request(credit=4)) as reply:
+        reply.pass_on(passage)
+        _, subject = await node.taken()
+        await node.say(subject, Accepted(0), delta(1))
+        await eventually(lambda: reply.had_delta)
+        assert seen == [], "what was said before it waits to be read, so it waits too"
+        assert [type(frame) for frame in await reply.batch()] == [Accepted, Delta]
+        reading = asyncio.create_task(reply.batch())
+        await node.say(subject, delta(2), delta(3))
+        await eventually(lambda: seen == ["passed 2", "passed 3"])
+        assert not reading.done(), "nobody is woken for what was passed on"
+        await eventually(lambda: node.credit == 6)  # what was passed on makes room for more
+        is_clear = False
+        await node.say(subject, delta(4))
+        (left,) = await reading
+        assert isinstance(left, Delta)
+        assert left.seq == 4
+        await node.say(subject, End(5))
+        assert [type(frame) for frame in await reply.batch()] == [End]
+    assert node.cancelled == []
+
+
 async def test_leaving_early_cancels_and_late_frames_are_dropped(
     service: FabricService, node: SpeakingNode
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from marketplace.gateway.answer import Answer, ChoiceUnknown, UsageOut, error_event
+from marketplace.gateway.completions import CompletionAnswer
 from node_agent.protocol import ChoiceDelta, Delta, End, TokenLogprob, ToolCallDelta, TopLogprob
 
 USAGE = UsageOut(3, 2, 5, "0.000007", 7_000, "r-1", "gateway", "ids")
@@ -41,6 +42,66 @@ def test_a_stream_to_the_byte() -> None:
         b"",
     ]
     assert answer.usage_event(USAGE).startswith(head[:-1] + b'[],"usage":{')
+
+
+PLAIN = [
+    ChoiceDelta(content="b\u2028", token_ids=[1, 2]),
+    ChoiceDelta(index=1, content="", token_ids=[3]),
+    ChoiceDelta(content="no ids"),
+]
+
+
+@pytest.mark.parametrize("answer_kind", [Answer, CompletionAnswer])
+def test_what_is_passed_on_is_what_would_have_been_taken_and_written(answer_kind: type[Answer]) -> None:
+    passed, taken = (
+        answer_kind(request_id="1", model="m", created_s=1, choices=2) for _ in ("passed on", "taken")
+    )
+    first = Delta(1, [ChoiceDelta(content="a"), ChoiceDelta(index=1, content="z")])
+    for answer in (passed, taken):
+        answer.take(first)
+        answer.chunk(first)
+    frame = Delta(2, PLAIN, prompt_tokens=7, completion_tokens=5)
+    at_once = passed.take_plain(frame)
+    taken.take(frame)
+    if answer_kind is Answer:
+        assert at_once == taken.chunk(frame)
+        assert passed.written() == taken.written()
+        assert (passed.prompt_reported, passed.completion_reported) == (7, 5)
+    else:  # text completions are written with offsets, event by event
+        assert at_once == b""
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param(ChoiceDelta(index=1, content="a"), id="first-word-of-a-choice"),
+        pytest.param(ChoiceDelta(index=2, content="a"), id="stray"),
+        pytest.param(ChoiceDelta(content="a", finish_reason="stop"), id="end"),
+        pytest.param(ChoiceDelta(token_ids=[1]), id="no-text"),
+        pytest.param(ChoiceDelta(content="a", reasoning="b"), id="reasoning"),
+        pytest.param(ChoiceDelta(content="a", tool_calls=[ToolCallDelta(0, name="f")]), id="tool-call"),
+        pytest.param(ChoiceDelta(content="a", logprobs=[TokenLogprob("a", -1.0)]), id="logprobs"),
+        pytest.param(None, id="nothing"),
+    ],
+)
+def test_what_is_more_than_text_is_not_passed_on(choice: ChoiceDelta | None) -> None:
+    answer = an_answer(choices=2)
+    first = Delta(1, [ChoiceDelta(content="a")])
+    answer.take(first)
+    answer.chunk(first)
+    before = answer.written()
+    frame = Delta(2, [ChoiceDelta(content="b"), choice] if choice else [], prompt_tokens=9)
+    assert answer.take_plain(frame) == b""
+    assert answer.written() == before
+    assert answer.prompt_reported is None
+
+
+def test_what_comes_after_the_last_end_is_not_passed_on() -> None:
+    answer = an_answer()
+    frame = Delta(1, [ChoiceDelta(content="a", finish_reason="stop")])
+    answer.take(frame)
+    answer.chunk(frame)
+    assert answer.take_plain(Delta(2, [ChoiceDelta(content="b")])) == b"", "it waits for the commit"
 
 
 def test_a_whole_answer_to_the_byte() -> None:
