@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Final
 
 import hypothesis
 import pytest
@@ -57,6 +59,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("engine") is None)
 
 
+MEMORY: Final = Path("/dev/shm")
+MEMORY_BYTES_MIN: Final = 4 * 10**9
+"""Two workers' servers and room to spare."""
+
+
+def _quick_folder() -> Path | None:
+    """Memory, where there is room: a database is a thousand small files, copied for each test.
+
+    Measured: 0.02 s there, 0.5 s on a disk. None is the folder for temporary files.
+    """
+    is_usable = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES_MIN
+    return MEMORY if is_usable else None
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A server for the whole run: TOLLWAY_TEST_DATABASE_URL or the embedded one; gives its URL."""
@@ -65,7 +81,7 @@ def postgres_url() -> Iterator[str]:
         yield given
         return
     # Not under pytest's own folder: as root, the server runs as somebody else, whom pytest keeps out.
-    with tempfile.TemporaryDirectory(prefix="tollway-tests-") as name:
+    with tempfile.TemporaryDirectory(prefix="tollway-tests-", dir=_quick_folder()) as name:
         folder = Path(name)
         folder.chmod(0o755)
         # Hundreds of databases are made and dropped; without fsync a killed server still loses nothing,
