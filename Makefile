@@ -4,7 +4,7 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 BIN := .venv/bin
 
-.PHONY: help setup engine checked demo up down test test-slow check format bench prove lock
+.PHONY: help setup engine early demo up down test test-slow check format bench prove lock
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,17 +21,21 @@ up: setup ## the same stack, left running; prints URLs and keys, writes var/stac
 down: ## end what `make up` started
 	@exec $(BIN)/tollway down
 
-# The engine's installation takes as long as everything else before the tests.
+# The engine's installation keeps one core busy for minutes; the other one does all that needs no engine.
+# Each module of the tests is in one part (tests/conftest.py).
+test: ## every check and every test, with the real vLLM
+	@$(MAKE) --no-print-directory -j 2 engine early
+	@exec $(BIN)/pytest -n 2 -m 'not slow' --part late --durations 15
+
 engine:
 	@python3 engine/build.py
 
-checked:
+early:
 	@python3 setup/setup.py --without-engine
 	@$(MAKE) --no-print-directory check
-
-test: ## every check and every test, with the real vLLM
-	@$(MAKE) --no-print-directory -j 2 engine checked
-	@exec $(BIN)/pytest -n 2 -m 'not slow' --durations 15
+	@echo "  the tests that need no engine, into var/early.log"
+	@$(BIN)/pytest -m 'not slow' --part early --durations 15 > var/early.log 2>&1; \
+	    code=$$?; cat var/early.log; exit $$code
 
 test-slow: setup ## the tests that kill and restart whole stacks and batches at every point (half an hour)
 	@exec $(BIN)/pytest -m slow --durations 15

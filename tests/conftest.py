@@ -1,10 +1,14 @@
-"""Real servers, each started once per run; every test gets a database of its own."""
+"""Real servers, each started once per run; every test gets a database of its own.
+
+`--part early` is what runs while the engine is being installed, `--part late` everything else.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -35,6 +39,28 @@ def pytest_runtest_setup() -> None:
     socket_allow_hosts(["127.0.0.1", "::1"], allow_unix_socket=True)
 
 
+ROOT: Final = Path(__file__).resolve().parents[1]
+EARLY: Final = re.compile(r"tests/(unit|property)/|tests/attacks/test_a[0-4]")
+"""As many as run while the engine is being installed; those of them that need it are late all the same."""
+
+
+def part_of(module: str) -> str:
+    """Each module (path from the root) is in one part, so no test is in both or in none."""
+    return "early" if EARLY.match(module) and not _needs_the_engine(module) else "late"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=("early", "late"), help="one part of the modules; default: all")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the modules of the other part."""
+    wanted = config.getoption("part")
+    if wanted is None or not collection_path.match("test_*.py"):
+        return None
+    return True if part_of(collection_path.relative_to(ROOT).as_posix()) != wanted else None
+
+
 class EngineOnOneWorker(LoadScopeScheduling):
     """Keep the modules with a real engine on one worker: two engines on two cores starve.
 
@@ -42,12 +68,12 @@ class EngineOnOneWorker(LoadScopeScheduling):
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "engine" if _starts_an_engine(nodeid.partition("::")[0]) else nodeid
+        return "engine" if _needs_the_engine(nodeid.partition("::")[0]) else nodeid
 
 
 @functools.cache
-def _starts_an_engine(module: str) -> bool:
-    return "pytest.mark.engine" in (Path(__file__).parents[1] / module).read_text()
+def _needs_the_engine(module: str) -> bool:
+    return "pytest.mark.engine" in (ROOT / module).read_text()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:

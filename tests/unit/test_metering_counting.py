@@ -208,6 +208,7 @@ def test_messages_are_what_the_engine_makes_of_them() -> None:
 TINY = Path(__file__).parents[2] / ".engine" / "models" / "tiny"
 
 
+@pytest.mark.engine  # not for its server: for the model's files
 @pytest.mark.skipif(not TINY.exists(), reason="the engine's models are not built")
 def test_the_tiny_models_own_files_count() -> None:
     from marketplace.catalog.models import read_model_folder
