@@ -8,8 +8,10 @@
         keeper.release(hold)                # in a `finally`: harmless after the line above
 
 Fast path: memory only.  Slow path, one at a time per buyer: take or extend a lease that covers the
-request.  In the background: a slice below half is refilled, slices in use are renewed every third of
-their time to live, idle ones and excess are returned, expired ones of dead processes are reaped.
+request.  Who asks for a lease while the database grants others is answered together with all who ask
+meanwhile, so a thousand buyers who come at once cost a few transactions.  In the background: a slice below
+half is refilled, slices in use are renewed every third of their time to live, idle ones and excess are
+returned, expired ones of dead processes are reaped.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 from uuid import UUID
@@ -28,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from marketplace.ledger import leases, overdrafts
-from marketplace.ledger.errors import InsufficientFunds, LedgerUnavailable
+from marketplace.ledger.errors import InsufficientFunds, LedgerError, LedgerUnavailable
 from marketplace.ledger.ids import NewId, uuid7
 from marketplace.ledger.lease_book import Hold, HoldState, LeaseBook, Slice
 from marketplace.ledger.leases import LEASE_TTL_MS, REAP_MARGIN_MS, SLICE_MAX, Granted
@@ -37,12 +40,22 @@ from marketplace.ledger.overdrafts import Overdraft
 
 _log = logging.getLogger(__name__)
 
+ASKS_MAX: Final = 256
+"""Buyers answered in one transaction, which holds the locks of their balances until its commit."""
 STOP_BEFORE_EXPIRY_MS: Final = 1_000
 """A slice is not used in its last second: the database's clock may run faster than ours."""
 _NO_LEASE: Final = UUID(int=0)
 _NS_PER_MS: Final = 1_000_000
 # The last: what a statement meets after a dying server's last word; SQLAlchemy passes it on as it is.
 _UNREACHABLE: Final = (OSError, SQLAlchemyError, TimeoutError, asyncpg.InternalClientError)
+
+
+@dataclass(slots=True)
+class _Asking:
+    """A buyer who waits for a slice of his balance."""
+
+    ask: leases.Ask
+    outcome: asyncio.Future[None]
 
 
 class LeaseKeeper:
@@ -77,6 +90,8 @@ class LeaseKeeper:
         self._book = LeaseBook(clock_ns)
         self._locks: dict[int, asyncio.Lock] = {}
         self._refilling: dict[int, asyncio.Task[None]] = {}
+        self._asking: list[_Asking] = []
+        self._granting: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -100,12 +115,11 @@ class LeaseKeeper:
     async def close(self) -> None:
         """Return every slice that has no open hold; the others expire.  End holds first."""
         self._is_closed = True
-        tasks = [*self._refilling.values(), *([self._keeping] if self._keeping else [])]
+        tasks = [*self._refilling.values(), *filter(None, (self._keeping, self._granting))]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._returning, return_exceptions=True)
-        for part in self._book:
-            await self._return_idle(part.buyer, unused_since_ns=self._clock_ns())
+        await self._return_idle(unused_since_ns=self._clock_ns())
 
     async def authorise(self, buyer: int, amount: Nano, *, minimum: Nano | None = None) -> Hold:
         """Set `amount` aside for one request of account `buyer`.
@@ -222,25 +236,65 @@ class LeaseKeeper:
             if part.free_nano < amount.n:
                 await self._enlarge(part, amount, least)
             return
+        if self._is_closed:
+            raise LedgerUnavailable("no lease: this process is stopping")
+        asking = _Asking(leases.Ask(buyer, least, amount), asyncio.get_running_loop().create_future())
+        self._asking.append(asking)
+        if self._granting is None:
+            self._granting = asyncio.create_task(self._grant_on(), name="lease-grant")
+        await asking.outcome
+
+    async def _grant_on(self) -> None:
+        """Answer all who ask, those who come while the database is at work together."""
+        try:
+            while self._asking:
+                turn, later = self._turn()
+                self._asking = later
+                await self._grant(turn)
+        finally:
+            self._granting = None
+            for asking in self._asking:  # none, unless we are being closed
+                _tell(asking, LedgerUnavailable("no lease: this process is stopping"))
+            self._asking = []
+
+    def _turn(self) -> tuple[list[_Asking], list[_Asking]]:
+        """Who is answered next, a buyer once, and who later."""
+        turn: dict[int, _Asking] = {}
+        for asking in self._asking:
+            if len(turn) < ASKS_MAX:
+                turn.setdefault(asking.ask.buyer, asking)
+        later = [asking for asking in self._asking if turn.get(asking.ask.buyer) is not asking]
+        return list(turn.values()), later
+
+    async def _grant(self, turn: Sequence[_Asking]) -> None:
         asked_at_ns = self._clock_ns()
-        async with self._engine.begin() as conn:
-            granted = await leases.lease_up_to(
-                conn,
-                buyer,
-                self._worker,
-                minimum=least,
-                wanted=amount,
-                cap=self._slice_max,
-                ttl_ms=self._ttl_ms,
-                new_id=self._new_id,
-            )
-        self._book.add(
-            granted.lease_id,
-            buyer=buyer,
-            amount_nano=granted.amount.n,
-            usual_nano=granted.usual.n,
-            usable_until_ns=self._usable_until(asked_at_ns),
-        )
+        try:
+            async with self._engine.begin() as conn:
+                answers = await leases.lease_all(
+                    conn,
+                    self._worker,
+                    [asking.ask for asking in turn],
+                    cap=self._slice_max,
+                    ttl_ms=self._ttl_ms,
+                    new_id=self._new_id,
+                )
+        except BaseException as e:  # whoever waits is told, whatever it was
+            for asking in turn:
+                _tell(asking, LedgerUnavailable("no lease: the database does not answer"), because=e)
+            if not isinstance(e, _UNREACHABLE):
+                raise
+            return
+        until = self._usable_until(asked_at_ns)
+        for asking, answer in zip(turn, answers, strict=True):
+            if isinstance(answer, Granted):  # into the book also where nobody waits for it any more
+                self._book.add(
+                    answer.lease_id,
+                    buyer=asking.ask.buyer,
+                    amount_nano=answer.amount.n,
+                    usual_nano=answer.usual.n,
+                    usable_until_ns=until,
+                )
+            _tell(asking, None if isinstance(answer, Granted) else answer)
 
     async def _revive(self, part: Slice) -> bool:
         """Make sure that the slice is live; False if its lease was reaped."""
@@ -326,8 +380,7 @@ class LeaseKeeper:
     async def tend(self) -> None:
         """One round of upkeep: return idle slices and excess, renew the rest, reap what others left."""
         idle_since_ns = self._clock_ns() - self._ttl_ms * _NS_PER_MS
-        for part in self._book:
-            await self._return_idle(part.buyer, unused_since_ns=idle_since_ns)
+        await self._return_idle(unused_since_ns=idle_since_ns)
         for part in self._book:
             await self._return_excess(part)
         await self._renew_all()
@@ -349,12 +402,23 @@ class LeaseKeeper:
         async with self._engine.begin() as conn:
             await leases.reap(conn, margin_ms=REAP_MARGIN_MS)
 
-    async def _return_idle(self, buyer: int, *, unused_since_ns: int) -> None:
-        async with self._lock(buyer):
-            part = self._book.take_out_idle(buyer, unused_since_ns=unused_since_ns)
-            if part is None:
-                return
-            await self._give_back(part.lease_id)
+    async def _return_idle(self, *, unused_since_ns: int) -> None:
+        """Return slices nobody has used since; their buyers' next requests wait for it, which need the money.
+
+        A buyer whose slice is being fetched or refilled is not idle.
+        """
+        idle: list[UUID] = []
+        async with contextlib.AsyncExitStack() as held:
+            for part in self._book:
+                if self._lock(part.buyer).locked():
+                    continue
+                if self._book.take_out_idle(part.buyer, unused_since_ns=unused_since_ns) is not None:
+                    await held.enter_async_context(self._lock(part.buyer))
+                    idle.append(part.lease_id)
+            with contextlib.suppress(*_UNREACHABLE):  # then they expire and are reaped
+                for start in range(0, len(idle), ASKS_MAX):
+                    async with self._engine.begin() as conn:
+                        await leases.give_back_all(conn, idle[start : start + ASKS_MAX])
 
     async def _return_excess(self, part: Slice) -> None:
         async with self._lock(part.buyer):
@@ -370,3 +434,14 @@ class LeaseKeeper:
             for buyer, lock in self._locks.items()
             if lock.locked() or self._book.slice_of(buyer) is not None
         }
+
+
+def _tell(asking: _Asking, error: LedgerError | None, *, because: BaseException | None = None) -> None:
+    """End somebody's waiting, unless he has stopped."""
+    if asking.outcome.done():
+        return
+    if error is None:
+        asking.outcome.set_result(None)
+    else:
+        error.__cause__ = because
+        asking.outcome.set_exception(error)

@@ -8,12 +8,12 @@ Every function runs in the caller's transaction and never commits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import Row, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.ledger.errors import InsufficientFunds, UnknownAccount
@@ -28,6 +28,15 @@ SLICE_MAX: Final = Nano(NANO_PER_DOLLAR)
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """What one buyer's lease is to have: the larger of `wanted` and the usual slice, at least `minimum`."""
+
+    buyer: int
+    minimum: Nano
+    wanted: Nano
+
+
+@dataclass(frozen=True, slots=True)
 class Granted:
     """What the database gave: the lease, how much was added to it, and the buyer's usual slice now."""
 
@@ -36,37 +45,58 @@ class Granted:
     usual: Nano
 
 
+# One row an ask; every buyer once, or an UPDATE would see only one of his.
 _GRANT: Final = """
-    WITH quoted AS (
-        SELECT account_id,
-               LEAST(posted / 100, CAST(:cap AS BIGINT)) AS usual,
-               LEAST(posted - held,
-                     GREATEST(CAST(:wanted AS BIGINT), LEAST(posted / 100, CAST(:cap AS BIGINT)))) AS amount
-        FROM balances WHERE account_id = :buyer
+    WITH asked AS (
+        SELECT * FROM unnest(CAST(:ids AS UUID[]), CAST(:buyers AS BIGINT[]),
+                             CAST(:minimums AS BIGINT[]), CAST(:wanted AS BIGINT[]))
+                 AS a (id, buyer, minimum, wanted)
+    ), quoted AS (
+        SELECT a.id, a.buyer, a.minimum, b.posted - b.held AS available,
+               LEAST(b.posted / 100, CAST(:cap AS BIGINT)) AS usual,
+               LEAST(b.posted - b.held,
+                     GREATEST(a.wanted, LEAST(b.posted / 100, CAST(:cap AS BIGINT)))) AS amount
+        FROM asked a JOIN balances b ON b.account_id = a.buyer
     ), taken AS (
         UPDATE balances b SET held = b.held + q.amount FROM quoted q
-        WHERE b.account_id = q.account_id AND q.amount >= GREATEST(CAST(:minimum AS BIGINT), 1)
-        RETURNING q.amount, q.usual
-    )"""
+        WHERE b.account_id = q.buyer AND q.amount >= GREATEST(q.minimum, 1)
+        RETURNING q.id
+    ), written AS ("""
+_GRANTED: Final = """)
+    SELECT q.id, q.available, q.amount, q.usual, t.id IS NOT NULL AS is_taken
+    FROM quoted q LEFT JOIN taken t ON t.id = q.id"""
+_EXPIRY: Final = "now() + CAST(:ttl_ms AS BIGINT) * interval '1 millisecond'"
 
 # A statement of its own, before: an UPDATE that meets a row changed since its snapshot checks constraints
 # against the row as it was, and a deposit at the same moment would look like an overspending.
-_LOCK_BALANCE: Final = text("SELECT 1 FROM balances WHERE account_id = :buyer FOR NO KEY UPDATE")
+_LOCK_BALANCES: Final = text(
+    """SELECT 1 FROM balances WHERE account_id = ANY(CAST(:accounts AS BIGINT[]))
+    ORDER BY account_id FOR NO KEY UPDATE"""
+)
 
 _TAKE: Final = text(
-    _GRANT  # noqa: S608 - constants only
-    + """
-    INSERT INTO leases (id, buyer, worker, amount, expires)
-    SELECT :id, :buyer, :worker, amount, now() + CAST(:ttl_ms AS BIGINT) * interval '1 millisecond' FROM taken
-    RETURNING amount, (SELECT usual FROM taken)""",
+    f"""{_GRANT}
+        INSERT INTO leases (id, buyer, worker, amount, expires)
+        SELECT q.id, q.buyer, :worker, q.amount, {_EXPIRY} FROM quoted q JOIN taken t ON t.id = q.id
+    {_GRANTED}"""  # noqa: S608 - constants only
 )
 
 _EXTEND: Final = text(
-    _GRANT  # noqa: S608 - constants only
-    + """
-    UPDATE leases l SET amount = l.amount + t.amount,
-                        expires = now() + CAST(:ttl_ms AS BIGINT) * interval '1 millisecond'
-    FROM taken t WHERE l.id = :id RETURNING t.amount, t.usual""",
+    f"""{_GRANT}
+        UPDATE leases l SET amount = l.amount + q.amount, expires = {_EXPIRY}
+        FROM quoted q JOIN taken t ON t.id = q.id WHERE l.id = q.id
+    {_GRANTED}"""  # noqa: S608 - constants only
+)
+
+_LOCK_LEASES: Final = text(
+    "SELECT 1 FROM leases WHERE id = ANY(CAST(:ids AS UUID[])) ORDER BY id FOR NO KEY UPDATE"
+)
+_END: Final = text("DELETE FROM leases WHERE id = ANY(CAST(:ids AS UUID[])) RETURNING id, buyer, amount")
+_UNHOLD: Final = text(
+    """
+    UPDATE balances b SET held = b.held - u.amount
+    FROM unnest(CAST(:accounts AS BIGINT[]), CAST(:amounts AS BIGINT[])) AS u (account_id, amount)
+    WHERE b.account_id = u.account_id"""
 )
 
 _RENEW: Final = text(
@@ -118,13 +148,29 @@ async def lease_up_to(
 
     Raises `InsufficientFunds` (with what is left) or `UnknownAccount`.
     """
-    identity = new_id()
-    values = _grant_values(buyer, identity, minimum, wanted, cap, ttl_ms) | {"worker": worker}
-    await conn.execute(_LOCK_BALANCE, {"buyer": buyer})
-    row = (await conn.execute(_TAKE, values)).one_or_none()
-    if row is None:
-        raise await _refusal(conn, buyer, minimum)
-    return Granted(identity, Nano(row.amount), Nano(row.usual))
+    ask = Ask(buyer, minimum, wanted)
+    (answer,) = await lease_all(conn, worker, [ask], cap=cap, ttl_ms=ttl_ms, new_id=new_id)
+    if not isinstance(answer, Granted):
+        raise answer
+    return answer
+
+
+async def lease_all(
+    conn: AsyncConnection,
+    worker: str,
+    asks: Sequence[Ask],
+    *,
+    cap: Nano = SLICE_MAX,
+    ttl_ms: int = LEASE_TTL_MS,
+    new_id: NewId = uuid7,
+) -> list[Granted | InsufficientFunds | UnknownAccount]:
+    """`lease_up_to` for several buyers in one round trip, each with his own answer.
+
+    A buyer asks once (else ValueError): the second ask could not see what the first has taken.
+    """
+    if len({ask.buyer for ask in asks}) < len(asks):
+        raise ValueError("a buyer asks twice at once")
+    return await _grant(conn, _TAKE, [(new_id(), ask) for ask in asks], cap, ttl_ms, worker=worker)
 
 
 async def extend(
@@ -143,12 +189,10 @@ async def extend(
     )
     if exists.one_or_none() is None:
         return None
-    values = _grant_values(buyer, lease_id, minimum, wanted, cap, ttl_ms)
-    await conn.execute(_LOCK_BALANCE, {"buyer": buyer})
-    row = (await conn.execute(_EXTEND, values)).one_or_none()
-    if row is None:
-        raise await _refusal(conn, buyer, minimum)
-    return Granted(lease_id, Nano(row.amount), Nano(row.usual))
+    (answer,) = await _grant(conn, _EXTEND, [(lease_id, Ask(buyer, minimum, wanted))], cap, ttl_ms)
+    if not isinstance(answer, Granted):
+        raise answer
+    return answer
 
 
 async def renew(
@@ -171,12 +215,16 @@ async def shrink(conn: AsyncConnection, lease_id: UUID, amount: Nano) -> bool:
 
 async def give_back(conn: AsyncConnection, lease_id: UUID) -> Nano | None:
     """End a lease and return what is left of it; None if it was reaped (giving back twice is harmless)."""
-    statement = text("DELETE FROM leases WHERE id = :id RETURNING buyer, amount")
-    row = (await conn.execute(statement, {"id": lease_id})).one_or_none()
-    if row is None:
-        return None
-    await _unhold(conn, [(row.buyer, row.amount)])
-    return Nano(row.amount)
+    return (await give_back_all(conn, [lease_id])).get(lease_id)
+
+
+async def give_back_all(conn: AsyncConnection, lease_ids: Sequence[UUID]) -> dict[UUID, Nano]:
+    """`give_back` for several leases at once: what was left of each; without those that were reaped."""
+    values = {"ids": lease_ids}
+    await conn.execute(_LOCK_LEASES, values)
+    ended = (await conn.execute(_END, values)).all()
+    await _unhold(conn, [(row.buyer, row.amount) for row in ended])
+    return {row.id: Nano(row.amount) for row in ended}
 
 
 async def reap(conn: AsyncConnection, *, margin_ms: int = REAP_MARGIN_MS) -> int:
@@ -184,9 +232,7 @@ async def reap(conn: AsyncConnection, *, margin_ms: int = REAP_MARGIN_MS) -> int
     rows = (await conn.execute(_EXPIRED, {"margin_ms": margin_ms})).all()
     if not rows:
         return 0
-    await conn.execute(
-        text("DELETE FROM leases WHERE id = ANY(CAST(:ids AS UUID[]))"), {"ids": [row.id for row in rows]}
-    )
+    await conn.execute(_END, {"ids": [row.id for row in rows]})
     await _unhold(conn, [(row.buyer, row.amount) for row in rows])
     return len(rows)
 
@@ -195,27 +241,43 @@ async def _unhold(conn: AsyncConnection, parts: Sequence[tuple[int, int]]) -> No
     totals: dict[int, int] = {}
     for account, amount in parts:
         totals[account] = totals.get(account, 0) + amount
-    for account in sorted(totals):  # account order: see `posting`
-        statement = text("UPDATE balances SET held = held - :amount WHERE account_id = :account")
-        await conn.execute(statement, {"account": account, "amount": totals[account]})
+    if totals:
+        accounts = sorted(totals)
+        await conn.execute(_LOCK_BALANCES, {"accounts": accounts})
+        await conn.execute(
+            _UNHOLD, {"accounts": accounts, "amounts": [totals[account] for account in accounts]}
+        )
 
 
-def _grant_values(
-    buyer: int, identity: UUID, minimum: Nano, wanted: Nano, cap: Nano, ttl_ms: int
-) -> dict[str, object]:
-    return {
-        "buyer": buyer,
-        "id": identity,
-        "minimum": minimum.n,
-        "wanted": wanted.n,
+async def _grant(
+    conn: AsyncConnection,
+    statement: TextClause,
+    asks: Sequence[tuple[UUID, Ask]],
+    cap: Nano,
+    ttl_ms: int,
+    **more: object,
+) -> list[Granted | InsufficientFunds | UnknownAccount]:
+    buyers = [ask.buyer for _, ask in asks]
+    values = {
+        "ids": [identity for identity, _ in asks],
+        "buyers": buyers,
+        "minimums": [ask.minimum.n for _, ask in asks],
+        "wanted": [ask.wanted.n for _, ask in asks],
         "cap": cap.n,
         "ttl_ms": ttl_ms,
     }
+    await conn.execute(_LOCK_BALANCES, {"accounts": buyers})
+    rows = {row.id: row for row in await conn.execute(statement, values | more)}
+    return [_answer(rows, identity, ask) for identity, ask in asks]
 
 
-async def _refusal(conn: AsyncConnection, buyer: int, minimum: Nano) -> InsufficientFunds | UnknownAccount:
-    statement = text("SELECT posted - held FROM balances WHERE account_id = :buyer")
-    available = await conn.scalar(statement, {"buyer": buyer})
-    if available is None:
-        return UnknownAccount(f"no balance for account {buyer}")
-    return InsufficientFunds(f"{Nano(available)} is left, {minimum} is needed", available_nano=available)
+def _answer(
+    rows: Mapping[UUID, Row[Any]], identity: UUID, ask: Ask
+) -> Granted | InsufficientFunds | UnknownAccount:
+    row = rows.get(identity)
+    if row is None:
+        return UnknownAccount(f"no balance for account {ask.buyer}")
+    if not row.is_taken:
+        left = Nano(row.available)
+        return InsufficientFunds(f"{left} is left, {ask.minimum} is needed", available_nano=left.n)
+    return Granted(identity, Nano(row.amount), Nano(row.usual))

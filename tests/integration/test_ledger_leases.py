@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from marketplace.ledger import accounts, leases, templates
 from marketplace.ledger.accounts import Balance, ensure_account, read_balance
 from marketplace.ledger.charges import Charge
-from marketplace.ledger.errors import InsufficientFunds, UnknownAccount
+from marketplace.ledger.errors import InsufficientFunds, LedgerUnavailable, UnknownAccount
 from marketplace.ledger.ids import uuid7
 from marketplace.ledger.lease_book import Hold
 from marketplace.ledger.lease_keeper import LeaseKeeper
@@ -201,9 +201,9 @@ async def test_an_idle_slice_goes_back_to_the_balance(ledger_engine, ann):
     async with a_keeper(ledger_engine, ttl_ms=300) as keeper:
         keeper.release(await keeper.authorise(ann, Nano(100)))
         async with asyncio.timeout(5):
-            while len(keeper.book):
+            while (await anns_balance(ledger_engine)).held.n:
                 await asyncio.sleep(0.05)
-        assert (await anns_balance(ledger_engine)).held.n == 0
+        assert len(keeper.book) == 0
 
 
 async def test_excess_after_a_large_hold_is_returned(ledger_engine, ann):
@@ -239,3 +239,157 @@ async def test_requests_waiting_together_take_few_leases(ledger_engine, ann):
         for hold in holds:
             keeper.release(hold)
     assert (await anns_balance(ledger_engine)).held.n == 0
+
+
+# ---- many buyers at once
+
+
+async def several(engine: AsyncEngine, count: int, dollars: int = 1) -> list[int]:
+    """Buyers with a dollar each."""
+    async with engine.begin() as conn:
+        for number in range(count):
+            await post_transfer(
+                conn, templates.top_up(person=f"b{number}", amount=Nano(dollars * DOLLAR), ref=f"t{number}")
+            )
+        return [await ensure_account(conn, accounts.buyer(f"b{number}")) for number in range(count)]
+
+
+async def held_in_all(engine: AsyncEngine) -> tuple[int, int]:
+    """What the balances hold back, and what the leases say."""
+    async with engine.connect() as conn:
+        row = (
+            await conn.execute(
+                text("SELECT (SELECT sum(held) FROM balances), (SELECT coalesce(sum(amount), 0) FROM leases)")
+            )
+        ).one()
+    return int(row[0]), int(row[1])
+
+
+class Granting:
+    """Stands before `leases.lease_all`: counts the calls, may hold the first one up or let one fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fault: Exception | None = None) -> None:
+        self.turns: list[int] = []
+        self.gate = asyncio.Event()
+        self._fault, self._real = fault, leases.lease_all
+        monkeypatch.setattr(leases, "lease_all", self)
+
+    async def __call__(self, conn, worker, asks, **options):
+        self.turns.append(len(asks))
+        await self.gate.wait()
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
+        return await self._real(conn, worker, asks, **options)
+
+
+async def test_each_buyer_of_a_turn_has_an_answer_of_his_own(ledger_engine, ann):
+    rich, poor = await several(ledger_engine, 2)
+    asks = [
+        leases.Ask(ann, minimum=Nano(1), wanted=Nano(5)),
+        leases.Ask(poor, minimum=Nano(DOLLAR + 1), wanted=Nano(DOLLAR + 1)),
+        leases.Ask(987_654_321, minimum=Nano(1), wanted=Nano(1)),
+        leases.Ask(rich, minimum=Nano(1), wanted=Nano(3 * DOLLAR)),
+    ]
+    async with ledger_engine.begin() as conn:
+        first, second, third, fourth = await leases.lease_all(conn, "w", asks)
+    assert (first.amount, first.usual) == (Nano(DOLLAR // 100), Nano(DOLLAR // 100))
+    assert isinstance(second, InsufficientFunds)
+    assert second.available_nano == DOLLAR
+    assert isinstance(third, UnknownAccount)
+    assert fourth.amount == Nano(DOLLAR), "what there is, where it is enough"
+    assert await held_in_all(ledger_engine) == (DOLLAR + DOLLAR // 100,) * 2
+    with pytest.raises(ValueError, match="twice"):
+        async with ledger_engine.begin() as conn:
+            await leases.lease_all(conn, "w", [asks[0], asks[0]])
+    assert await everything_holds(ledger_engine)
+
+
+async def test_many_buyers_who_come_and_go_at_once_take_few_transactions(ledger_engine, monkeypatch):
+    buyers = await several(ledger_engine, 300)
+    granting = Granting(monkeypatch)
+    granting.gate.set()
+    keeper = a_keeper(ledger_engine)
+    holds = await asyncio.gather(*(keeper.authorise(buyer, Nano(1_000)) for buyer in buyers))
+    assert {hold.buyer for hold in holds} == set(buyers)
+    assert sum(granting.turns) == 300
+    assert len(granting.turns) <= 3, granting.turns
+    assert await held_in_all(ledger_engine) == (300 * (DOLLAR // 100),) * 2
+    for hold in holds[1:]:
+        keeper.release(hold)
+    returns: list[int] = []
+    give_back_all = leases.give_back_all
+    monkeypatch.setattr(
+        leases, "give_back_all", lambda conn, ids: returns.append(len(ids)) or give_back_all(conn, ids)
+    )
+    await keeper.close()
+    assert returns == [256, 43]
+    assert len(keeper.book) == 1, "a slice with an open hold stays"
+    assert await held_in_all(ledger_engine) == (DOLLAR // 100,) * 2
+    assert await everything_holds(ledger_engine)
+
+
+async def test_a_fault_is_told_to_all_who_asked_and_to_nobody_after(ledger_engine, monkeypatch):
+    buyers = await several(ledger_engine, 3)
+    granting = Granting(monkeypatch, fault=OSError("away"))
+    async with a_keeper(ledger_engine) as keeper:
+        asked = [asyncio.create_task(keeper.authorise(buyer, Nano(10))) for buyer in buyers]
+        await asyncio.sleep(0)
+        granting.gate.set()
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        failed = [isinstance(outcome, LedgerUnavailable) for outcome in outcomes]
+        assert failed[0], "the first was asked for alone, or with the others"
+        assert all(isinstance(outcome, LedgerUnavailable | Hold) for outcome in outcomes)
+        again = await asyncio.gather(*(keeper.authorise(buyer, Nano(10)) for buyer in buyers))
+        for hold in (*again, *(outcome for outcome in outcomes if isinstance(outcome, Hold))):
+            keeper.release(hold)
+    assert await held_in_all(ledger_engine) == (0, 0)
+
+
+async def test_a_lease_nobody_waits_for_serves_the_next_request(ledger_engine, ann, monkeypatch):
+    granting = Granting(monkeypatch)
+    async with a_keeper(ledger_engine) as keeper:
+        leaving = asyncio.create_task(keeper.authorise(ann, Nano(10)))
+        async with asyncio.timeout(5):
+            while not granting.turns:
+                await asyncio.sleep(0.01)
+        leaving.cancel()
+        staying = asyncio.create_task(keeper.authorise(ann, Nano(10)))
+        await asyncio.sleep(0)
+        granting.gate.set()
+        hold = await staying
+        keeper.release(hold)
+        assert keeper.book.free(ann) == DOLLAR // 100
+    assert len(granting.turns) <= 2
+    async with ledger_engine.begin() as conn:  # the one that was replaced in the book, if there were two
+        await conn.execute(text("UPDATE leases SET expires = now() - interval '1 hour'"))
+        await leases.reap(conn)
+    assert await held_in_all(ledger_engine) == (0, 0)
+
+
+async def test_who_still_asks_when_the_keeper_closes_is_told(ledger_engine, monkeypatch):
+    one, other, late = await several(ledger_engine, 3)
+    granting = Granting(monkeypatch)
+    keeper = a_keeper(ledger_engine)
+    asked = [asyncio.create_task(keeper.authorise(one, Nano(10)))]
+    async with asyncio.timeout(5):
+        while not granting.turns:
+            await asyncio.sleep(0.01)
+    asked.append(asyncio.create_task(keeper.authorise(other, Nano(10))))
+    await asyncio.sleep(0)
+    await keeper.close()
+    async with asyncio.timeout(5):
+        outcomes = await asyncio.gather(*asked, keeper.authorise(late, Nano(10)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [LedgerUnavailable] * 3
+    assert await held_in_all(ledger_engine) == (0, 0)
+
+
+async def test_giving_several_back_at_once_skips_what_was_reaped(ledger_engine):
+    one, other = await several(ledger_engine, 2)
+    async with ledger_engine.begin() as conn:
+        ids = [await leases.lease(conn, buyer, "w", Nano(7)) for buyer in (one, one, other)]
+        assert await leases.give_back(conn, ids[0]) == Nano(7)
+        assert await leases.give_back_all(conn, ids) == {ids[1]: Nano(7), ids[2]: Nano(7)}
+        assert await leases.give_back_all(conn, ids) == {}
+    assert await held_in_all(ledger_engine) == (0, 0)
+    assert await everything_holds(ledger_engine)
