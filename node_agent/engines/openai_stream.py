@@ -2,7 +2,8 @@
 
 The agent always asks for a stream with running usage and token ids, whatever the buyer asked for:
 a cut answer then still has a count, and ids are what completions are billed on. Engines that do
-not know these options answer 400; the client then asks again without, and remembers.
+not know these options answer 400; the client then asks again without, and remembers what was then served
+(not what was refused all the same: a buyer can have an engine quote an option's name).
 
 Nothing here logs what passes through, and error texts go only to the buyer they belong to.
 """
@@ -42,6 +43,8 @@ ERROR_BYTES_MAX: Final = 64 * 1024
 CONNECT_SECONDS_MAX: Final = 5.0
 PROBE_SECONDS_MAX: Final = 5.0
 WARM_UP_SECONDS_MAX: Final = 120.0
+BUSY_STATUSES: Final = (429, 503)
+REFUSED_STATUSES: Final = (400, 404, 413, 422)
 
 _DONE: Final = b"[DONE]"
 _JSON: Final = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -162,11 +165,12 @@ _chunk_decoder: Final = msgspec.json.Decoder(_Chunk)
 def parse_chunk(data: bytes) -> EngineEvent:
     """Give back one chunk, typed; nonsense in `usage` is dropped, elsewhere it raises.
 
-    Errors: `EngineMalformedError`; `EngineDownError` if the engine reports a failure in mid-answer.
+    Errors: `EngineMalformedError`; what the engine reports in an event, by its code: `EngineRefusedError`,
+    `EngineBusyError`, else `EngineDownError`.
     """
     chunk = _decode_chunk(data)
     if chunk.error is not None:
-        raise EngineDownError(f"the engine failed in mid-answer: {error_text(chunk.error)}")
+        raise _error_event(chunk.error)
     return EngineEvent(
         choices=[_choice(choice) for choice in chunk.choices or ()],
         prompt_token_ids=chunk.prompt_token_ids,
@@ -320,18 +324,19 @@ class OpenAIClient:
     async def _post(self, body: dict[str, Any], model: str) -> aiohttp.ClientResponse:
         kept = {name: value for name, value in body.items() if name not in ("stream", *_OPTION_NAMES)}
         path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+        dialect = self._dialect
         while True:
-            dialect = self._dialect
             content = msgspec.json.encode({**kept, "model": model, "stream": True, **_DIALECTS[dialect]})
             response = await self._open().post(
                 f"{self.url}{path}", data=content, headers=self._headers, allow_redirects=False
             )
             if response.status == 200:
+                self._dialect = max(self._dialect, dialect)
                 return response
             text = await _refusal(response)
             is_option = response.status in (400, 422) and any(name in text for name in _OPTION_NAMES)
             if is_option and dialect + 1 < len(_DIALECTS):
-                self._dialect = max(self._dialect, dialect + 1)
+                dialect += 1
                 continue
             raise _error_of(response.status, text)
 
@@ -422,9 +427,20 @@ async def _refusal(response: aiohttp.ClientResponse) -> str:
         return error_text(body.decode(errors="replace"))
 
 
+def _error_event(error: Any) -> Exception:
+    """Tell a refusal from a failure: vLLM begins a stream before it has looked at all of the request.
+
+    Taken for a failure, a bad request would go to the next node and count against every one it reaches.
+    """
+    status = error.get("code") if isinstance(error, dict) else None
+    if status in BUSY_STATUSES or status in REFUSED_STATUSES:
+        return _error_of(status, error_text(error))
+    return EngineDownError(f"the engine failed in mid-answer: {error_text(error)}"[:MESSAGE_CHARS_MAX])
+
+
 def _error_of(status: int, text: str) -> Exception:
-    if status in (429, 503):
+    if status in BUSY_STATUSES:
         return EngineBusyError(text)
-    if status in (400, 404, 413, 422):
+    if status in REFUSED_STATUSES:
         return EngineRefusedError(text)
     return EngineDownError(f"the engine answers {status}: {text}"[:MESSAGE_CHARS_MAX])

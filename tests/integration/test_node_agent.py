@@ -44,6 +44,8 @@ class FakeEngine:
         self.script: Callable[[aiohttp.web.StreamResponse], object] | None = None
         self.bodies: list[dict] = []
         self.knows_token_ids = True
+        self.refusal = ""
+        """What it says to every request but a warm-up, if anything."""
         self.gap_seconds = 0.0
         self.started = 0
         self.aborted = asyncio.Event()
@@ -58,6 +60,8 @@ class FakeEngine:
         if "return_token_ids" in body and not self.knows_token_ids:
             message = "Unsupported parameter: return_token_ids"
             return aiohttp.web.json_response({"error": {"message": message}}, status=400)
+        if self.refusal and not is_warm_up:
+            return aiohttp.web.json_response({"error": {"message": self.refusal}}, status=400)
         response = aiohttp.web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         self.started += 1
@@ -432,6 +436,23 @@ async def test_error_event_after_200_fails_the_request(agent: Agent, engine: Fak
     assert "out of memory" in reply.end.message
 
 
+async def test_a_refusal_inside_the_stream_is_the_requests_fault_not_the_engines(
+    agent: Agent, engine: FakeEngine
+) -> None:
+    """vLLM answers 200 before it has looked at token ids and grammars."""
+
+    async def refuse(response: aiohttp.web.StreamResponse) -> None:
+        message = "Token id 999999 is out of vocabulary"
+        await engine.event(response, {"error": {"message": message, "type": "BadRequestError", "code": 400}})
+        await response.write(b"data: [DONE]\n\n")
+
+    engine.script = refuse
+    reply = await agent.ask()
+    await reply.all()
+    assert (reply.end.code, reply.end.is_retriable) == (protocol.FailureCode.BAD_REQUEST, False)
+    assert "out of vocabulary" in reply.end.message
+
+
 async def test_endless_stream_is_capped(
     agent: Agent, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -597,6 +618,22 @@ async def test_engine_that_does_not_know_token_ids_is_asked_again_without(
     before = len(engine.bodies)
     await (await agent.ask()).all()
     assert len(engine.bodies) == before + 1  # remembered
+
+
+async def test_a_buyer_who_has_the_engine_name_an_option_does_not_switch_it_off(
+    agent: Agent, engine: FakeEngine
+) -> None:
+    """vLLM quotes what it refuses, such as a key of `logit_bias`; ids would be lost to all who come after."""
+    engine.refusal = "logit_bias contains key(s) that cannot be converted: ['return_token_ids']"
+    reply = await agent.ask()
+    await reply.all()
+    assert reply.end.code is protocol.FailureCode.BAD_REQUEST
+    assert "logit_bias" in reply.end.message
+    engine.refusal = ""
+    reply = await agent.ask()
+    await reply.all()
+    assert [i for delta in reply.deltas for choice in delta.choices for i in choice.token_ids or ()]
+    assert "return_token_ids" in engine.bodies[-1]
 
 
 async def test_refusals(agent: Agent, engine: FakeEngine) -> None:

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node_agent.engines import EngineDownError, EngineEvent, EngineMalformedError, Usage, openai_stream
+from node_agent.engines import (
+    EngineBusyError,
+    EngineDownError,
+    EngineEvent,
+    EngineMalformedError,
+    EngineRefusedError,
+    Usage,
+    openai_stream,
+)
 from node_agent.engines.openai_stream import EventSplitter, clean_usage, error_text, parse_chunk
 from node_agent.journal import Entry, Journal
 from node_agent.load import Load, parse_load
@@ -116,9 +124,22 @@ def test_error_event_is_an_engine_failure() -> None:
         parse_chunk(b'{"error": {"message": "out of memory"}}')
 
 
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (400, EngineRefusedError), (422, EngineRefusedError), (429, EngineBusyError), (503, EngineBusyError),
+        (500, EngineDownError), (200, EngineDownError), ("400", EngineDownError), ([400], EngineDownError),
+        (None, EngineDownError),
+    ],
+)  # fmt: skip
+def test_an_error_event_is_what_its_code_says(code: object, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="said so"):
+        parse_chunk(json.dumps({"error": {"message": "said so", "code": code}}).encode())
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_chunk_or_refused(data: bytes) -> None:
-    with contextlib.suppress(EngineMalformedError, EngineDownError):
+    with contextlib.suppress(EngineMalformedError, EngineDownError, EngineRefusedError, EngineBusyError):
         parse_chunk(data)
 
 
