@@ -13,7 +13,6 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import structlog
 import uvicorn
@@ -51,6 +50,7 @@ from marketplace.gateway.quote import router as quote_router
 from marketplace.gateway.receipts_routes import router as receipts_router
 from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.routes import router as gateway_router
+from marketplace.gateway.server import Server
 from marketplace.gateway.statement_routes import router as statement_router
 from marketplace.gateway.statistics_routes import router as statistics_router
 from marketplace.gateway.usage_routes import router as usage_router
@@ -267,24 +267,6 @@ def _metrics() -> CollectorRegistry:
     return registry
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handling (ours stops it in order), which says when it accepts."""
-
-    def __init__(self, config: uvicorn.Config, ready_fd: int | None) -> None:
-        super().__init__(config)
-        self._ready_fd = ready_fd
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self._ready_fd is not None:
-            os.write(self._ready_fd, b"1")
-            os.close(self._ready_fd)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Any:
-        yield
-
-
 async def serve(settings: Settings, *, listen_fd: int | None = None, ready_fd: int | None = None) -> None:
     """Run one gateway until SIGTERM or SIGINT; streams are given DRAIN_S to finish.
 
@@ -307,7 +289,7 @@ async def serve(settings: Settings, *, listen_fd: int | None = None, ready_fd: i
             timeout_graceful_shutdown=DRAIN_S,
             backlog=2048,
         )
-        server = _Server(config, ready_fd)
+        server = Server(config, ready_fd)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))

@@ -67,6 +67,14 @@ class ProviderPreferences(msgspec.Struct, forbid_unknown_fields=True):
     """False: only `operator` and `order`; where neither is given, one node and no second after a failure."""
 
 
+class RepetitionDetection(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """When an engine ends an answer that only repeats itself: a pattern of so many tokens, so many times."""
+
+    max_pattern_size: Annotated[int, Meta(ge=0, le=1024)] = 0
+    min_pattern_size: Annotated[int, Meta(ge=0, le=1024)] = 0
+    min_count: Annotated[int, Meta(ge=0, le=1024)] = 0
+
+
 class InferenceRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What chats and text completions share; the sampling fields are those vLLM takes."""
 
@@ -102,6 +110,8 @@ class InferenceRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
         Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None
     ) = None
     logprob_token_ids: Annotated[list[TokenId], Meta(max_length=20)] | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
+    repetition_detection: RepetitionDetection | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
 
@@ -156,7 +166,6 @@ class ChatRequest(InferenceRequest, kw_only=True, omit_defaults=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    thinking_token_budget: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
     chat_template_kwargs: Annotated[dict[Name, Scalar], Meta(max_length=32)] | None = None
 
     @property
