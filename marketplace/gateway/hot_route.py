@@ -57,6 +57,23 @@ def _head(status: int, headers: Headers, content_type: bytes, framing: bytes, *,
     return b"".join(lines)
 
 
+class Outbox:
+    """Streams that were given parts in this turn of the loop: each writes them at its end, in one call."""
+
+    def __init__(self) -> None:
+        self._streams: list[ChatCycle] = []
+
+    def add(self, stream: ChatCycle) -> None:
+        if not self._streams:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._streams.append(stream)
+
+    def _flush(self) -> None:
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.flush()
+
+
 class ChatCycle:
     """One chat request and its response on one connection; a `Responder`.
 
@@ -81,6 +98,8 @@ class ChatCycle:
         self.response_complete = False
         self.is_gone = False
         self.is_counted = False
+        self._unsent: list[bytes] = []
+        """Given to `send_now` in this turn."""
         self._act: Callable[[], None] | None = None
 
     def when_gone(self, act: Callable[[], None] | None) -> None:
@@ -155,11 +174,27 @@ class ChatCycle:
         )
 
     def send_now(self, data: bytes) -> None:
-        self._transport.write(self._framed(data))
+        if not self._unsent:
+            self._protocol.outbox.add(self)
+        self._unsent.append(data)
+
+    def flush(self) -> None:
+        """Write what `send_now` was given."""
+        if self._unsent:
+            data = self._with_unsent(b"")
+            if not self.is_gone and not self._transport.is_closing():
+                self._transport.write(self._framed(data))
+
+    def _with_unsent(self, data: bytes) -> bytes:
+        if not self._unsent:
+            return data
+        parts, self._unsent = self._unsent, []
+        return b"".join((*parts, data))
 
     async def send(self, data: bytes) -> None:
         if self.is_gone:
             raise BuyerGone
+        data = self._with_unsent(data)
         if not data:
             return
         self._transport.write(self._framed(data))
@@ -175,6 +210,7 @@ class ChatCycle:
     def end(self, data: bytes = b"") -> None:
         if self.is_gone or self.response_complete:
             return
+        data = self._with_unsent(data)
         last = b"0\r\n\r\n" if self._is_chunked else b""
         self._transport.write((self._framed(data) if data else b"") + last)
         self._complete()
@@ -193,9 +229,10 @@ class ChatCycle:
 
 
 class HotRouteProtocol(HttpToolsProtocol):
-    """Serves PATHS itself; `serve` is set on a subclass made by `protocol_for`."""
+    """Serves PATHS itself; `serve` and `outbox` are set on a subclass made by `protocol_for`."""
 
     serve: Serve
+    outbox: Outbox
     _serving: Any = None
     """The cycle whose response is due; `cycle` may be a later, pipelined one."""
     _head_bytes = 0
@@ -368,4 +405,4 @@ class HotRouteProtocol(HttpToolsProtocol):
 
 def protocol_for(serve: Serve) -> type[HotRouteProtocol]:
     """Give the protocol class to hand to uvicorn (`http=`)."""
-    return type("ChatProtocol", (HotRouteProtocol,), {"serve": staticmethod(serve)})
+    return type("ChatProtocol", (HotRouteProtocol,), {"serve": staticmethod(serve), "outbox": Outbox()})

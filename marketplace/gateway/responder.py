@@ -95,7 +95,7 @@ class Responder(Protocol):
         ...
 
     def send_now(self, data: bytes) -> None:
-        """Send a part of the stream without waiting; only while `is_clear`."""
+        """Send a part of the stream without waiting, by the end of the loop's turn; only while `is_clear`."""
         ...
 
     def end(self, data: bytes = b"") -> None:
