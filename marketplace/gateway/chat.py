@@ -580,8 +580,8 @@ class ChatService:
         if node is not None:
             headers += [
                 (b"x-tollway-node", node.node_id.encode()),
-                (b"x-tollway-price-in", dollars(Nano(node.price_in)).encode()),
-                (b"x-tollway-price-out", dollars(Nano(node.price_out)).encode()),
+                (b"x-tollway-price-in", _price(node.price_in)),
+                (b"x-tollway-price-out", _price(node.price_out)),
             ]
         if node is not None and session.decision is not None:
             headers.append((b"x-tollway-route", summary(session.decision, node.node_id).encode()))
@@ -607,6 +607,12 @@ def _pass_on(answer: Answer, responder: Responder, frame: Delta) -> bool:
         return False
     responder.send_now(events)
     return True
+
+
+@lru_cache(maxsize=10_000)
+def _price(nano: int) -> bytes:
+    """A price in dollars per million tokens, as a header has it."""
+    return dollars(Nano(nano)).encode()
 
 
 @lru_cache(maxsize=10_000)

@@ -213,6 +213,8 @@ TEMPLATE_NAMES: Final = frozenset(
 _chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
 _members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encoder: Final = msgspec.json.Encoder()
+_CONTAINERS: Final = (dict, list)
+"""A tuple, since `dict | list` would be built anew, and looked through more slowly, for each value."""
 Asked = TypeVar("Asked", bound=InferenceRequest)
 Asked_co = TypeVar("Asked_co", bound=InferenceRequest, covariant=True)
 
@@ -225,13 +227,13 @@ class Decoder(Protocol[Asked_co]):
 
 def is_too_deep(values: list[Any]) -> bool:
     """Measure nesting without recursion, stopping as soon as DEPTH_MAX is passed."""
-    deepest, level = 0, [value for value in values if isinstance(value, dict | list)]
+    deepest, level = 0, [value for value in values if isinstance(value, _CONTAINERS)]
     while level and deepest <= DEPTH_MAX:
         deepest += 1
         inner: list[object] = []
         for item in level:
             inner.extend(item.values() if isinstance(item, dict) else item)
-        level = [item for item in inner if isinstance(item, dict | list)]
+        level = [item for item in inner if isinstance(item, _CONTAINERS)]
     return deepest >= DEPTH_MAX
 
 

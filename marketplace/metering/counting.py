@@ -128,7 +128,7 @@ class CountedParts:
 
     A prompt is cut after its special tokens, where every tokenizer of the catalogue begins anew; whether this
     one does is tried at the start, and where it does not a prompt is one part.  Parts are remembered for the
-    buyer who sent them alone (`owner` goes into the digest), so that nobody can time what others have sent.
+    buyer who sent them alone (`owner`, at most 16 bytes, goes into the digest), so that nobody can time what others have sent.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -165,7 +165,7 @@ class CountedParts:
             yield text[begin:]
 
     def _tokens_of(self, part: str, owner: bytes) -> int:
-        digest = blake2b(part.encode("utf-8", "surrogatepass"), digest_size=16, key=owner).digest()
+        digest = blake2b(part.encode("utf-8", "surrogatepass"), digest_size=16, salt=owner).digest()
         found = self._counts.get(digest)
         if found is None:
             found = self._encoded(part)

@@ -8,7 +8,7 @@ count and for the engine alike: an invisible joiner goes in after the name's fir
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 JOINERS: Final = ("\u2060", "\u200b", " ")
@@ -50,7 +50,7 @@ class Disarmer:
     def _value(self, value: Any) -> Any:
         if isinstance(value, str):
             return self.text(value)
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             return {
                 key if key.isidentifier() else self.text(key): self._value(inner)
                 for key, inner in value.items()

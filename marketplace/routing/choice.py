@@ -146,6 +146,8 @@ class Decision(msgspec.Struct, frozen=True):
     eligible: int
     among: Sequence[NodeView] = ()
     """The eligible ones."""
+    bests: tuple[int, int] = (1, 1)
+    """The lowest cost and latency among them, as scores are relative to."""
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -184,7 +186,8 @@ def choose(question: Question) -> Decision:
     if not eligible:
         return Decision(question, (), 0)
     preferences = question.preferences
-    ranked = _ranked(eligible, question)
+    bests = _bests(eligible, question)
+    ranked = _ranked(eligible, question, bests)
     chosen_by_name = bool(preferences.operator or preferences.order)
     if chosen_by_name:
         ranked.sort(key=lambda pair: _named_rank(pair[1], preferences))  # stable: by score within
@@ -193,11 +196,11 @@ def choose(question: Question) -> Decision:
                 pair for pair in ranked if _named_rank(pair[1], preferences) < len(preferences.order) + 1
             ]
             if not ranked:
-                return Decision(question, (), len(eligible), eligible)
+                return Decision(question, (), len(eligible), eligible, bests)
     first = _first(ranked, question, chosen_by_name=chosen_by_name)
     if not preferences.allow_fallbacks and not chosen_by_name:
-        return Decision(question, (first,), len(eligible), eligible)
-    return Decision(question, _with_failover(first, ranked, preferences), len(eligible), eligible)
+        return Decision(question, (first,), len(eligible), eligible, bests)
+    return Decision(question, _with_failover(first, ranked, preferences), len(eligible), eligible, bests)
 
 
 def _eligible(question: Question) -> list[NodeView]:
@@ -257,13 +260,15 @@ def _excluded_by_buyer(view: NodeView, preferences: Preferences) -> Exclusion | 
     return None
 
 
-def _ranked(eligible: Sequence[NodeView], question: Question) -> list[tuple[float, NodeView]]:
+def _ranked(
+    eligible: Sequence[NodeView], question: Question, bests: tuple[int, int]
+) -> list[tuple[float, NodeView]]:
     """Order by score, load, id: `_parts` of each without the objects, since this is the hot path."""
     weights = question.weights
     total = weights.latency + weights.load + weights.price
     latency_weight, load_weight, price_weight = weights.latency, weights.load, weights.price
     tokens_in, tokens_out = question.prompt_tokens, question.completion_tokens
-    cost_best, latency_best = _bests(eligible, question)
+    cost_best, latency_best = bests
     rows = []
     for view in eligible:
         latency_ms = view.latency_ms
@@ -434,7 +439,7 @@ def summary(decision: Decision, served_by: NodeId) -> str:
     view = next((view for view in decision.candidates if view.node_id == served_by), None)
     if view is None:
         return ""
-    parts = _parts(view, question, *_bests(decision.among, question))
+    parts = _parts(view, question, *decision.bests)
     return (
         f"score={parts.score:.3f}; latency={parts.latency:.3f}; load={parts.load:.3f}; "
         f"price={parts.price:.3f}; sort={question.preferences.sort}; "
