@@ -128,7 +128,8 @@ class CountedParts:
 
     A prompt is cut after its special tokens, where every tokenizer of the catalogue begins anew; whether this
     one does is tried at the start, and where it does not a prompt is one part.  Parts are remembered for the
-    buyer who sent them alone (`owner`, at most 16 bytes, goes into the digest), so that nobody can time what others have sent.
+    buyer who sent them alone (`owner`, at most 16 bytes, goes into the digest), so that nobody can time what
+    others have sent.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
