@@ -29,6 +29,8 @@ from tokenizers import Tokenizer
 
 from marketplace.catalog.models import Tier, add_model, read_model_folder
 from marketplace.fabric.node_ids import node_id_of
+from marketplace.gateway.completions import CompletionRequest
+from marketplace.gateway.requests import ChatRequest, InferenceRequest
 from marketplace.ledger.money import cost
 from marketplace.platform.database import transaction
 from marketplace.platform.embedded_nats import EmbeddedNats
@@ -170,8 +172,10 @@ COMPLETIONS: list[dict[str, Any]] = [
     {"prompt": [5, 6, 7, 8], **GREEDY},
     {"prompt": [[5, 6, 7], [8, 9]], **GREEDY},
     {"prompt": "x", **GREEDY, "stop_token_ids": [300], "min_tokens": 3},
+    {"prompt": "a", **GREEDY, "max_tokens": 40, "logit_bias": {"70": 100},
+     "repetition_detection": {"max_pattern_size": 2, "min_count": 4}},
     {"prompt": "def f(", **GREEDY, "repetition_penalty": 1.3, "logit_bias": {"40": 3}},
-]
+]  # fmt: skip
 
 
 async def test_text_completions_are_the_engines_own(stack: Stack) -> None:
@@ -194,7 +198,8 @@ async def test_text_completions_are_the_engines_own(stack: Stack) -> None:
 def _shown(choice: dict[str, Any]) -> tuple[Any, ...]:
     told = choice["logprobs"]
     logprobs = None if told is None else (told["tokens"], [round(one, 3) for one in told["token_logprobs"]])
-    return choice["index"], choice["text"], choice["finish_reason"], logprobs
+    finish = choice["finish_reason"].replace("repetition", "stop")  # OpenAI's clients know no such reason
+    return choice["index"], choice["text"], finish, logprobs
 
 
 async def test_text_completions_stream_through_the_official_client(stack: Stack) -> None:
@@ -348,6 +353,36 @@ async def test_chats_keep_what_the_engine_offers(stack: Stack) -> None:
     await stack.assert_exact(ours["usage"], await stack.quote(told))
     assert await stack.drifts() == 0
     await stack.gateway.assert_proved()
+
+
+LEFT_OUT = {
+    "how the prompt is made, which is counted before": (
+        "add_generation_prompt add_special_tokens chat_template continue_final_message documents echo "
+        "media_io_kwargs mm_payload mm_processor_kwargs prompt_embeds truncate_prompt_tokens truncation_side"
+    ),
+    "more than the answer is generated or given": (
+        "length_penalty prompt_logprobs return_mm_kwargs return_prompt_text return_token_offsets "
+        "routed_experts_prompt_start suffix use_beam_search"
+    ),
+    "the agent's or the operator's own": (
+        "cache_salt ec_transfer_params include_reasoning kv_transfer_params priority request_id "
+        "return_token_ids return_tokens_as_token_ids session_id stream_interval vllm_xargs watermarking"
+    ),
+}
+"""What vLLM takes and we do not, by reason."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(ChatRequest, "ChatCompletionRequest"), (CompletionRequest, "CompletionRequest")]
+)
+def test_every_parameter_of_the_engine_is_taken_or_left_out_for_a_reason(
+    vllm: str, kind: type[InferenceRequest], name: str
+) -> None:
+    described = httpx.get(f"{vllm}/openapi.json", timeout=30).json()["components"]["schemas"]
+    theirs, ours = set(described[name]["properties"]), set(kind.__struct_fields__)
+    left_out = {word for words in LEFT_OUT.values() for word in words.split()}
+    assert theirs - ours - left_out == set()
+    assert ours - theirs <= {"provider", "best_of"}
 
 
 @pytest.mark.slow  # half a minute, most of it imports

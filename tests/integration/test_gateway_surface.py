@@ -27,7 +27,10 @@ from letters import letters_tokenizer, prompt_tokens, tokenizer_files
 
 from marketplace.catalog.aliases import set_alias
 from marketplace.catalog.models import Tier, add_model
-from marketplace.ledger.money import cost
+from marketplace.ledger.accounts import buyer as buyer_account
+from marketplace.ledger.accounts import ensure_account
+from marketplace.ledger.money import Nano, cost
+from marketplace.ledger.overdrafts import set_limit
 from marketplace.platform.database import transaction
 from marketplace.platform.embedded_nats import EmbeddedNats
 from marketplace.routing.choice import Sort
@@ -108,6 +111,7 @@ async def test_sampling_parameters_reach_the_engine_and_the_template(gateway: Ru
         "include_stop_str_in_output": True, "min_tokens": 1, "ignore_eos": True, "bad_words": ["bad"],
         "allowed_token_ids": [1, 2], "skip_special_tokens": False, "spaces_between_special_tokens": False,
         "seed": 7, "logit_bias": {"5": 1}, "logprobs": True, "top_logprobs": 2, "logprob_token_ids": [3],
+        "repetition_detection": {"max_pattern_size": 4, "min_count": 3},
         "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}},
         "structured_outputs": {"regex": "a+"}, "reasoning_effort": "low", "thinking_token_budget": 9,
         "chat_template_kwargs": {"enable_thinking": False}, "parallel_tool_calls": False,
@@ -152,6 +156,32 @@ async def test_a_quote_is_the_hold_and_costs_nothing(gateway: RunningGateway) ->
     assert (await gateway.post("/v1/quote", b"nonsense")).status_code == 400
     assert node.requests == []
     assert await gateway.usage() == []
+
+
+async def test_the_hold_is_at_the_dearest_price_that_may_be_charged(gateway: RunningGateway) -> None:
+    """Whichever node answers in the end, the hold covers it; who forbids a second pays for no fallback."""
+    cheap = await gateway.add_node(saying(["ok"]), price_in=PRICE_IN // 10, price_out=PRICE_OUT // 10)
+    await gateway.add_node(saying(["ok"]))
+    prompt, body = prompt_tokens("Hi"), {**HELLO, "max_tokens": 100, "provider": {"sort": "price"}}
+    dear = cost(tokens_in=prompt, tokens_out=100, price_in=PRICE_IN, price_out=PRICE_OUT).n
+    alone = cost(tokens_in=prompt, tokens_out=100, price_in=PRICE_IN // 10, price_out=PRICE_OUT // 10).n
+    quoted = (await gateway.post("/v1/quote", body)).json()
+    assert (quoted["worst_cost_nano"], quoted["nodes"][0]) == (dear, cheap.node_id)
+    no_second = {**body, "provider": {"sort": "price", "allow_fallbacks": False}}
+    assert (await gateway.post("/v1/quote", no_second)).json()["worst_cost_nano"] == alone
+
+    async with transaction(gateway.owner) as connection:  # no overdraft for this buyer
+        await set_limit(
+            connection, await ensure_account(connection, buyer_account(str(gateway.person))), Nano(0)
+        )
+    await gateway.leave(cost(tokens_in=prompt, tokens_out=40, price_in=PRICE_IN, price_out=PRICE_OUT).n)
+    answer = await gateway.chat(body)
+    assert answer.headers["x-tollway-max-tokens"] == "40; wanted=100"
+    assert answer.headers["x-tollway-node"] == cheap.node_id
+    billed = cost(tokens_in=prompt, tokens_out=2, price_in=PRICE_IN // 10, price_out=PRICE_OUT // 10).n
+    assert answer.json()["usage"]["cost_nano"] == billed
+    assert "x-tollway-max-tokens" not in (await gateway.chat(no_second)).headers
+    await gateway.assert_proved()
 
 
 async def test_the_buyers_preferences_are_honoured(gateway: RunningGateway) -> None:
