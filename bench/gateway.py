@@ -41,7 +41,7 @@ from gateway_peers.answers import (
     stream_events,
     write_blobs,
 )  # fmt: skip
-from gateway_peers.ours import Marketplace, marketplace, stub_nodes
+from gateway_peers.ours import Marketplace, marketplace, relay, stub_nodes
 from gateway_peers.peers import NotHadError, Peers, Subject
 from gateway_peers.programs import Load, program, run_load
 from servers import postgres, say
@@ -51,7 +51,7 @@ from marketplace.platform.processes import free_port, start_child, stop_child
 
 MODEL_FOLDER: Final = peers.ROOT / ".engine" / "models" / "SmolLM2-135M-Instruct"
 GATEWAY_CORE, LOAD_CORE = 0, 1
-OURS, APART, DIRECT = "Tollway", "Tollway, NATS apart", "direct"
+OURS, APART, RELAY, DIRECT = "Tollway", "Tollway, NATS apart", "our relay alone", "direct"
 CLIENTS: Final = 256
 PACE_MS: Final = 10
 SLOW_PACE_MS: Final = 100
@@ -82,9 +82,9 @@ class Phase:
 
 
 EVERYBODY: Final = (
-    DIRECT, "nginx", "vllm-router", "sglang-router", "TensorZero", "Portkey", "LiteLLM", OURS, APART,
+    DIRECT, "nginx", "vllm-router", "sglang-router", "TensorZero", "Portkey", "LiteLLM", OURS, APART, RELAY,
 )  # fmt: skip
-STREAMERS: Final = (DIRECT, "nginx", "vllm-router", "sglang-router", OURS, APART)
+STREAMERS: Final = (DIRECT, "nginx", "vllm-router", "sglang-router", OURS, APART, RELAY)
 PHASES: Final = (
     Phase("plain", f"plain answers, {CLIENTS} clients", None,
           {"clients": CLIENTS, "warm_ms": WARM_MS}, EVERYBODY, 3),
@@ -285,6 +285,7 @@ def everything(only: Sequence[str], *, is_quick: bool) -> Iterator[Bench]:
                 ours = stack.enter_context(marketplace(server, folder, files, gateway_core=GATEWAY_CORE))
                 stack.enter_context(stub_nodes(ours, folder, answer, LOAD_CORE))
                 subjects |= {OURS: ours.subject, APART: ours.subject}
+                subjects[RELAY] = stack.enter_context(relay(ours, folder, GATEWAY_CORE))
             except NotHadError as error:
                 started.missing[OURS] = started.missing[APART] = str(error)
         yield Bench(folder, answer, subjects, started.missing, ours, is_quick)

@@ -141,6 +141,27 @@ def stub_nodes(running: Marketplace, folder: Path, answer: Answer, core: int) ->
 
 
 @contextmanager
+def relay(running: Marketplace, folder: Path, core: int) -> Iterator[Subject]:
+    """Start our relay without the marketplace, beside the gateway and on the same fabric."""
+    port = free_port()
+    configuration = {
+        "nats_url": running.nats.url, "password": running.nats.credentials.password, "model": MODEL,
+        "nodes": list(running.cast.nodes), "port": port,
+    }  # fmt: skip
+    path = folder / "relay.json"
+    path.write_text(json.dumps(configuration))
+    with _on_core(core):
+        argv = [sys.executable, str(Path(__file__).parent / "relay.py"), str(path)]
+        child = start_child(argv, log=folder / "relay.log", cwd=ROOT)
+    try:
+        subject = Subject("our relay alone", port, pids=[child.pid, running.nats_pid])
+        _wait_served(subject, folder, 0)
+        yield subject
+    finally:
+        stop_child(child, stop_signal=signal.SIGTERM, patience_s=5)
+
+
+@contextmanager
 def _on_core(core: int | None) -> Iterator[None]:
     before = os.sched_getaffinity(0)
     if core is not None:
@@ -267,17 +288,19 @@ def _wait_ready(port: int, gateway: subprocess.Popen[bytes], folder: Path) -> No
 
 
 def _wait_served(subject: Subject, folder: Path, nodes: int) -> None:
-    """Return when requests are served, with so many nodes to choose from."""
+    """Return when requests are served, with so many nodes to choose from (0: nobody chooses)."""
     deadline, trouble = time.monotonic() + READY_S_MAX, ""
     with httpx.Client(base_url=f"http://127.0.0.1:{subject.port}", trust_env=False, timeout=20) as http:
         while time.monotonic() < deadline:
-            answer = http.post(
-                "/v1/chat/completions", content=body(is_stream=False),
-                headers={"authorization": f"Bearer {subject.keys[0]}"},
-            )  # fmt: skip
-            if answer.status_code == 200 and f"known={nodes}" in answer.headers.get("x-tollway-route", ""):
-                return
-            trouble = f"{answer.status_code} {answer.text[:300]} {answer.headers.get('x-tollway-route')}"
+            with contextlib.suppress(httpx.ConnectError):
+                answer = http.post(
+                    "/v1/chat/completions", content=body(is_stream=False),
+                    headers={"authorization": f"Bearer {subject.keys[0]}"},
+                )  # fmt: skip
+                route = answer.headers.get("x-tollway-route", "")
+                if answer.status_code == 200 and (not nodes or f"known={nodes}" in route):
+                    return
+                trouble = f"{answer.status_code} {answer.text[:300]} {route}"
             time.sleep(0.1)
     raise NotHadError(
         f"our gateway does not serve: {trouble}\n{tail(folder / 'gateway.log')}\n{tail(folder / 'nodes.log')}"
