@@ -265,8 +265,8 @@ class TokenCounter:
     ) -> tuple[int, CountedOn]:
         """Count one choice's tokens: its ids if they say what was delivered, else its text encoded again.
 
-        `stops` are the buyer's stop strings; `ignores_end` his wish to go on after the end of the turn, the
-        one case in which many special tokens are honest.
+        `stops` are the buyer's stop strings.  `ignores_end`: he goes on after the end of the turn, or says
+        himself which tokens are sampled; only then are many marks and pieces of characters honest.
         """
         if written.has_all_ids and self._is_believable(written, stops, ignores_end=ignores_end):
             return len(written.ids), CountedOn.IDS
@@ -278,19 +278,19 @@ class TokenCounter:
             return False
         if written.reasoning or written.calls:
             return self._says_in_markup(written)
-        return self._says(written, stops)
+        return self._says(written, stops, withheld_max=len(written.ids) if ignores_end else WITHHELD_MAX)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _says(self, written: Written, stops: Sequence[str]) -> bool:
+    def _says(self, written: Written, stops: Sequence[str], *, withheld_max: int) -> bool:
         """Tell whether the ids spell the text, give or take what an engine withholds at the end."""
         text, decoded = written.text, self._decode(written.ids)
-        if _is_same(decoded, text):
+        if _is_same(decoded, text, withheld_max):
             return True
         stop = written.stop_reason
         if isinstance(stop, int):  # a stop token is sampled, not delivered
-            return _is_same(self._decode(written.ids[:-1]), text)
+            return _is_same(self._decode(written.ids[:-1]), text, withheld_max)
         if stop is None or stop not in stops:
             return False
         # A stop string ends within the last token, which may say more; none of it is delivered.
@@ -311,12 +311,12 @@ class TokenCounter:
         return len(decoded) <= len(written.everything) + blocks * MARKUP_MAX + spacing
 
 
-def _is_same(decoded: str, text: str) -> bool:
-    """Tell whether two texts differ at most in a space that a decoder drops and an unfinished character."""
+def _is_same(decoded: str, text: str, withheld_max: int) -> bool:
+    """Tell whether two texts differ at most in a space that a decoder drops and unfinished characters."""
     if decoded == text:
         return True
     ours, theirs = decoded.rstrip(REPLACEMENT), text.rstrip(REPLACEMENT)
-    if max(len(decoded) - len(ours), len(text) - len(theirs)) > WITHHELD_MAX:
+    if max(len(decoded) - len(ours), len(text) - len(theirs)) > withheld_max:
         return False
     return ours.removeprefix(" ") == theirs.removeprefix(" ")
 

@@ -302,6 +302,38 @@ async def test_every_prompt_has_as_many_tokens_as_the_engine_counts(stack: Stack
     assert await stack.drifts() == 0
 
 
+MARK, CUT = 1, 190
+"""Tokens of the tiny model: a special one that ends nothing, and a byte that begins no character."""
+SHAPED: list[dict[str, Any]] = [
+    {"allowed_token_ids": [MARK], "skip_special_tokens": False},
+    {"allowed_token_ids": [MARK], "skip_special_tokens": False, "spaces_between_special_tokens": False},
+    {"allowed_token_ids": [MARK], "ignore_eos": True},
+    {"allowed_token_ids": [CUT], "ignore_eos": True},
+    {"allowed_token_ids": [CUT, 70], "temperature": 2},
+    {"allowed_token_ids": [70, 71, 72], "temperature": 2, "stop": ["d", "ee"], "min_tokens": 20},
+    {"allowed_token_ids": [70, 71, 72], "stop": ["e"], "include_stop_str_in_output": True},
+    {"allowed_token_ids": [70, 71], "stop_token_ids": [71], "min_tokens": 20, "temperature": 2},
+    {"allowed_token_ids": [MARK, 70], "stop_token_ids": [MARK], "temperature": 2},
+    {"bad_words": ["d"], "ignore_eos": True, "temperature": 2},
+]
+
+
+async def test_no_wish_of_a_buyer_makes_an_honest_engine_look_dishonest(stack: Stack) -> None:
+    """What he has the engine write is counted and paid, however odd, and costs the node no standing."""
+    wrong = []
+    for shape in SHAPED:
+        for path, prompt in (
+            ("/v1/completions", {"prompt": "x"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            before = await stack.drifts()
+            usage = (await stack.ask(path, {**prompt, "max_tokens": 40, "seed": 5, **shape}))["usage"]
+            entry, drifts = await stack.journaled(usage), await stack.drifts() - before
+            if usage["completion_tokens"] != entry.completion_tokens or drifts:
+                wrong.append((path, shape, usage, entry.completion_tokens, drifts))
+    assert wrong == []
+
+
 SCHEMA = {
     "type": "object", "properties": {"place": {"type": "string", "enum": ["Bonn", "Rome"]}},
     "required": ["place"], "additionalProperties": False,

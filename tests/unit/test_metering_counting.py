@@ -123,10 +123,14 @@ def test_a_stop_string_counts_up_to_its_last_token(counter: TokenCounter) -> Non
     assert counter.completion_tokens(Written(ids("one more"), "one", stop_reason=5))[0] == 3
 
 
-def test_many_special_tokens_are_believed_only_of_who_goes_on_after_the_end(counter: TokenCounter) -> None:
+def test_many_marks_and_pieces_are_believed_only_of_who_goes_on_after_the_end(counter: TokenCounter) -> None:
     written = Written([*ids("Hi"), *[END] * 40], "Hi")
     assert counter.completion_tokens(written)[0] == 2
     assert counter.completion_tokens(written, ignores_end=True)[0] == 42
+    pieces = Written(ids("Hi") + ids("é")[:1] * 40, "Hi")  # which no engine can show
+    assert counter.completion_tokens(pieces)[0] == 2
+    assert counter.completion_tokens(pieces, ignores_end=True)[0] == 42
+    assert counter.completion_tokens(Written(ids("Hi, more"), "Hi"), ignores_end=True)[0] == 2
 
 
 def test_reasoning_and_calls_count_with_their_marks(counter: TokenCounter) -> None:
