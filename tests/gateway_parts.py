@@ -64,6 +64,7 @@ class StubNode:
     price_in: int = PRICE_IN
     price_out: int = PRICE_OUT
     context: int = 4096
+    model: str = MODEL
     requests: list[protocol.Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     connection: Any = None
@@ -97,7 +98,7 @@ class StubNode:
         await self.connection.publish(reply, protocol.encode(frame))
 
     async def say_status(self, seq: int) -> None:
-        model = protocol.ModelStatus(MODEL, self.context, self.price_in, self.price_out, capacity=64)
+        model = protocol.ModelStatus(self.model, self.context, self.price_in, self.price_out, capacity=64)
         status = protocol.Status(1, self.node_id, seq, 0, "test", is_draining=False, models=[model])
         await self.connection.publish(protocol.status_subject(self.node_id), protocol.encode(status))
         await self.connection.flush()
@@ -175,11 +176,17 @@ class RunningGateway:
         return {"Authorization": f"Bearer {self.key}"}
 
     async def add_node(
-        self, answer: Reply, *, price_in: int = PRICE_IN, price_out: int = PRICE_OUT, context: int = 4096
+        self,
+        answer: Reply,
+        *,
+        price_in: int = PRICE_IN,
+        price_out: int = PRICE_OUT,
+        context: int = 4096,
+        model: str = MODEL,
     ) -> StubNode:
         """Enrol a node of the operator, connect it and wait until the gateway would choose it."""
         identity = uuid7()
-        node = StubNode(node_id_of(identity), answer, price_in, price_out, context)
+        node = StubNode(node_id_of(identity), answer, price_in, price_out, context, model)
         async with self.owner.begin() as connection:
             await connection.execute(
                 text(
@@ -192,7 +199,7 @@ class RunningGateway:
         self.nodes.append(node)
         for seq in range(100):
             await node.say_status(seq)
-            views = self.process.fabric.registry.views(MODEL)
+            views = self.process.fabric.registry.views(model)
             if any(view.node_id == node.node_id for view in views):
                 return node
             await asyncio.sleep(0.05)

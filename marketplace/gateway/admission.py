@@ -134,6 +134,13 @@ class Admission:
             most = Nano(grant.units)
         return most
 
+    def take_back(self, reserved: Reserved) -> None:
+        """Give back tokens and dollars, not the place among those at once: the request begins again."""
+        for grants in (reserved.tokens, reserved.nano):
+            for grant in grants:
+                self._allotments.give_back(grant, grant.units)
+            grants.clear()
+
     def leave(self, reserved: Reserved, *, tokens: int | None, nano: int | None) -> None:
         """The request is over and used so many; None: nobody knows, all counts as used."""
         for grant in reserved.held:

@@ -6,6 +6,8 @@ key → limits → parse and bound → choose nodes → authorise from the lease
 * nothing leaves for a node before its worst-case cost is covered by a lease in the database (V1);
 * another node may take over only while the buyer has seen nothing (at most two retries, same hold, same
   price ceiling); whoever does not stream has seen nothing until the end, and pays for no broken attempt;
+* of an alias, the next model takes over where one cannot serve or its nodes failed, with a hold of its own
+  in place of the first; the retries are two over all models, and the last is kept for the next model;
 * the last byte waits for the commit of the charge, so bytes delivered mean a usage row (V6);
 * a buyer who leaves pays for what had come by then, and the node is told to stop;
 * prompts and completions are never logged, nor is the text of any error that might quote them.
@@ -56,6 +58,7 @@ from marketplace.platform.limits import Rule, SharedLimits, client_address
 from marketplace.routing.affinity import Affinity
 from marketplace.routing.choice import (
     NO_PREFERENCES,
+    RETRIES_MAX,
     NodeView,
     Preferences,
     Question,
@@ -245,10 +248,46 @@ class ChatService:
                 503, "ledger_unavailable", "billing is briefly unavailable; try again",
                 retry_after_s=LEDGER_RETRY_AFTER_S,
             )  # fmt: skip
-        model, candidates = await self._place(session, request, is_big=len(body) > BIG_TEXT_BYTES)
+        is_big = len(body) > BIG_TEXT_BYTES
+        *others, last = self._models(session, request)
+        for model in others:
+            try:
+                await self._serve_with(model, responder, session, request, is_big=is_big, is_last=False)
+            except CannotServeNow as e:
+                if not self._tries_left(session, request):
+                    raise
+                _log.info("an alias falls back: %s", e.code, extra=session.log_fields)
+            else:
+                return
+        await self._serve_with(last, responder, session, request, is_big=is_big, is_last=True)
+
+    async def _serve_with(
+        self, model: ModelFacts, responder: Responder, session: Session, request: InferenceRequest, *,
+        is_big: bool, is_last: bool,
+    ) -> None:  # fmt: skip
+        """Serve with this model; CannotServeNow, with nothing held any more, where another may be tried."""
+        candidates = await self._place_on(model, session, request, is_big=is_big)
+        tries = self._tries_left(session, request)
+        candidates = candidates[: tries if is_last else max(1, tries - 1)]
         await self._authorise(session, request, candidates, model.context)
-        metrics.ADMISSION_SECONDS.observe(self._clock.monotonic() - session.started)
-        await self._relay(responder, session, request, candidates)
+        if not session.tries:
+            metrics.ADMISSION_SECONDS.observe(self._clock.monotonic() - session.started)
+        try:
+            await self._relay(responder, session, request, candidates)
+        except CannotServeNow:
+            if session.hold is not None:
+                self._keeper.release(session.hold)
+                session.hold = None
+            if session.reserved is not None:
+                self._admission.take_back(session.reserved)
+            raise
+
+    def _tries_left(self, session: Session, request: InferenceRequest) -> int:
+        """How many more nodes may be asked, whichever the model."""
+        wish = request.provider
+        if session.tries and wish is not None and not wish.allow_fallbacks:
+            return 0
+        return 1 + RETRIES_MAX - session.tries
 
     async def _authenticate(self, responder: Responder, session: Session) -> KeyFacts:
         try:
@@ -415,8 +454,7 @@ class ChatService:
                 f"${dollars(bound(least))}; add funds",
             ) from e  # fmt: skip
         session.max_tokens = min(wanted, affordable(session.hold.amount))
-        if session.max_tokens < asked:
-            session.clamped_from = asked
+        session.clamped_from = asked if session.max_tokens < asked else None
 
     async def quote(self, person_id: UUID, body: bytes, *, is_chat: bool) -> Quote:
         """Price a request without serving it: admission up to the hold, and no hold."""
@@ -441,6 +479,7 @@ class ChatService:
         failure: RequestBroken | None = None
         for node in candidates:
             session.node, session.first_delta = node, None
+            session.tries += 1
             answer_kind = Answer if request.kind == "chat" else CompletionAnswer
             session.answer = answer_kind(
                 request_id=f"{answer_kind.ID_START}{session.request_id.hex}",
@@ -471,7 +510,7 @@ class ChatService:
             await self._finish(responder, session, request)
             return
         session.node = None
-        raise Refusal(
+        raise CannotServeNow(
             503, "nodes_failed", "every node tried failed before it answered; try again",
             retry_after_s=NODES_RETRY_AFTER_S,
         ) from failure  # fmt: skip

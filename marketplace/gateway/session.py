@@ -53,6 +53,8 @@ class Session(msgspec.Struct, eq=False):
     decision: Decision | None = None
     node: NodeView | None = None
     """The node being asked; its prices are the ones in force for this request (V7)."""
+    tries: int = 0
+    """Nodes asked so far."""
     answer: Answer | None = None
     first_delta: float | None = None
     has_streamed: bool = False

@@ -21,6 +21,7 @@ from gateway_parts import (
     running_gateway,
     said,
     saying,
+    sending,
     whole,
 )
 from letters import letters_tokenizer, prompt_tokens, tokenizer_files
@@ -35,6 +36,7 @@ from marketplace.platform.database import transaction
 from marketplace.platform.embedded_nats import EmbeddedNats
 from marketplace.routing.choice import Sort
 from marketplace.routing.replay import DecisionLog, Policy, read_log, replay
+from node_agent import protocol
 from node_agent.protocol import TokenLogprob, TopLogprob
 
 
@@ -140,6 +142,81 @@ async def test_an_alias_falls_back_to_a_model_that_can_be_served(gateway: Runnin
     aliases = (await gateway.get("/v1/aliases"))["data"]
     assert aliases[0] == {"alias": "fast", "models": ["absent", MODEL]}
     assert (await gateway.get("/v1/models/fast"))["id"] == "absent"
+
+
+async def _alias(gateway: RunningGateway, *models: str) -> None:
+    """The alias "fast" of models that exist."""
+    async with transaction(gateway.owner) as connection:
+        for name in {*models} - {MODEL}:
+            await add_model(connection, name=name, tier=Tier.SMALL, context=4096, files=tokenizer_files())
+        await set_alias(connection, "fast", models)
+    await gateway.process.shelf.refresh()
+
+
+BREAKS = sending(protocol.Accepted(0), protocol.Failed(1, protocol.FailureCode.ENGINE_DOWN, "", True))
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+async def test_an_alias_falls_back_when_a_models_nodes_fail(gateway: RunningGateway, is_stream: bool) -> None:
+    await _alias(gateway, "first", MODEL)
+    dear = 100 * PRICE_OUT
+    broken = [await gateway.add_node(BREAKS, model="first", price_out=dear) for _ in range(3)]
+    good = await gateway.add_node(saying(["ok"]))
+    answer = await gateway.chat({**HELLO, "model": "fast", "stream": is_stream})
+    assert answer.status_code == 200
+    assert answer.headers["x-tollway-node"] == good.node_id
+    assert '"ok"' in answer.text
+    assert f'"model":"{MODEL}"' in answer.text
+    assert sum(len(node.requests) for node in broken) == 2, "the last of three tries is the next model's"
+    row = await gateway.only_row()
+    expected = cost(
+        tokens_in=row["prompt_tokens"], tokens_out=row["completion_tokens"], price_in=PRICE_IN, price_out=PRICE_OUT
+    )
+    assert (row["model"], row["status"], row["cost_nano"]) == (MODEL, 200, expected.n)
+    assert sum(part.reserved_nano for part in gateway.process.keeper.book) == 0, "the first hold is gone too"
+    await gateway.assert_proved()
+
+
+async def test_an_alias_asks_three_nodes_in_all(gateway: RunningGateway) -> None:
+    await _alias(gateway, "first", "second", MODEL)
+    nodes = {
+        name: [await gateway.add_node(BREAKS, model=name) for _ in range(3)] for name in ("first", "second")
+    }
+    spared = await gateway.add_node(saying(["ok"]))
+    answer = await gateway.chat({**HELLO, "model": "fast"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "nodes_failed")
+    asked = {name: sum(len(node.requests) for node in several) for name, several in nodes.items()}
+    assert asked == {"first": 2, "second": 1}
+    assert spared.requests == []
+    assert (await gateway.only_row())["cost_nano"] == 0
+
+
+async def test_who_allows_no_fallback_gets_no_other_model_after_a_failure(gateway: RunningGateway) -> None:
+    await _alias(gateway, "first", MODEL)
+    broken = await gateway.add_node(BREAKS, model="first")
+    spared = await gateway.add_node(saying(["ok"]))
+    body = {**HELLO, "model": "fast", "provider": {"allow_fallbacks": False}}
+    answer = await gateway.chat(body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "nodes_failed")
+    assert (len(broken.requests), spared.requests) == (1, [])
+
+
+async def test_a_fallback_takes_the_limits_of_one_request(gateway: RunningGateway) -> None:
+    """All of the minute's tokens and the only place are taken for the first model, and again for the next."""
+    await _alias(gateway, "first", MODEL)
+    broken = await gateway.add_node(BREAKS, model="first")
+    good = await gateway.add_node(saying(["ok"]))
+    made = await gateway.post(
+        "/api/keys",
+        {"name": "k", "tokens_per_minute": prompt_tokens("Hi") + 100, "parallel_requests": 1},
+    )
+    headers = {"Authorization": f"Bearer {made.json()['key']}"}
+    answer = await gateway.chat({**HELLO, "model": "fast", "max_tokens": 100}, **headers)
+    assert answer.status_code == 200, answer.text
+    assert "x-tollway-max-tokens" not in answer.headers
+    assert (len(broken.requests), len(good.requests)) == (1, 1)
+    again = await gateway.chat({**HELLO, "max_tokens": 50}, **headers)
+    assert again.status_code == 200, "what was not used came back once"
 
 
 async def test_a_quote_is_the_hold_and_costs_nothing(gateway: RunningGateway) -> None:
