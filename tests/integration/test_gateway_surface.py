@@ -170,7 +170,10 @@ async def test_an_alias_falls_back_when_a_models_nodes_fail(gateway: RunningGate
     assert sum(len(node.requests) for node in broken) == 2, "the last of three tries is the next model's"
     row = await gateway.only_row()
     expected = cost(
-        tokens_in=row["prompt_tokens"], tokens_out=row["completion_tokens"], price_in=PRICE_IN, price_out=PRICE_OUT
+        tokens_in=row["prompt_tokens"],
+        tokens_out=row["completion_tokens"],
+        price_in=PRICE_IN,
+        price_out=PRICE_OUT,
     )
     assert (row["model"], row["status"], row["cost_nano"]) == (MODEL, 200, expected.n)
     assert sum(part.reserved_nano for part in gateway.process.keeper.book) == 0, "the first hold is gone too"
