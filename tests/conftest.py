@@ -86,8 +86,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 MEMORY: Final = Path("/dev/shm")
-MEMORY_BYTES_MIN: Final = 4 * 10**9
-"""Two workers' servers and room to spare."""
+MEMORY_BYTES_MIN: Final = 2 * 10**9
+"""Two workers' servers took 0.23 GB in a whole run."""
 
 
 def _quick_folder() -> Path | None:
