@@ -36,10 +36,12 @@ class Acceptor:
         self._opening: set[asyncio.Task[None]] = set()
         self._loop.add_reader(self._socket.fileno(), self._accept)
 
-    def close(self) -> None:
-        """Accept no more; connections that were accepted go on."""
+    async def close(self) -> None:
+        """Accept no more, and return when what was accepted is open, so that it can be told to end."""
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
+        if self._opening:
+            await asyncio.wait(self._opening)
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_MAX):
@@ -88,7 +90,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for acceptor in self._acceptors:
-            acceptor.close()
+            await acceptor.close()
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
