@@ -163,7 +163,9 @@ class Billing:
         assert counter is not None
         assert request is not None
         written = answer.written()
-        stops, ignores_end = request.stops, bool(request.ignore_eos)
+        stops = request.stops
+        # Told which tokens to sample, an engine may write what is no text; the buyer has asked for it.
+        ignores_end = bool(request.ignore_eos or request.allowed_token_ids or request.logit_bias)
 
         def count() -> tuple[int, CountedOn]:
             counts = [

@@ -234,13 +234,12 @@ def _model(node: NodeFacts, policy: Policy) -> Found:
 def _drift(node: NodeFacts, policy: Policy) -> Found:
     if node.drifts < policy.drift_warning_min:
         return None
+    told = max(node.answered, node.drifts)  # not the failed ones: nobody fails his way out of a strike
     message = (
-        f"{node.drifts} of {max(node.requests, node.drifts)} requests reported more tokens than were "
-        "delivered: is the engine's tokenizer the model's own?"
+        f"{node.drifts} of {told} answered requests reported more tokens than were delivered: "
+        "is the engine's tokenizer the model's own?"
     )
-    is_strike = node.drifts >= policy.drift_min and (
-        1000 * node.drifts >= policy.drift_permille * max(node.requests, node.drifts)
-    )
+    is_strike = node.drifts >= policy.drift_min and (1000 * node.drifts >= policy.drift_permille * told)
     return (Severity.STRIKE if is_strike else Severity.WARNING), message
 
 

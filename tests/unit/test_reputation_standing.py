@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from marketplace.reputation.likelihood import Likelihood, likelihood
@@ -98,6 +98,7 @@ def test_a_slow_or_failing_node_is_never_held() -> None:
 
 
 @given(some_facts(), st.sampled_from(["failed", "drifts", "offences"]), st.integers(1, 1_000))
+@example(NodeFacts("n-1", "m", failed=81, drifts=10), "failed", 120)
 def test_more_misdeeds_never_make_a_standing_better(facts: NodeFacts, field: str, more: int) -> None:
     worse = replace(facts, **{field: getattr(facts, field) + more})
     assert ORDER.index(judge([worse], POLICY).state) >= ORDER.index(judge([facts], POLICY).state)
