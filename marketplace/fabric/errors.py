@@ -49,6 +49,11 @@ class RequestBroken(FabricError):
         """The node's score should suffer."""
         return True
 
+    @property
+    def reason(self) -> str:
+        """Why, in a few words of ours, for the buyer's record."""
+        return "the answer broke off"
+
 
 class NodeAbsent(RequestBroken):
     """NATS answered that nobody listens on the node's subject."""
@@ -61,6 +66,10 @@ class NodeSilent(RequestBroken):
         super().__init__(f"the node was silent: limit {limit!r} passed after {after_ms} ms")
         self.limit: Limit = limit
         self.after_ms = after_ms
+
+    @property
+    def reason(self) -> str:
+        return f"silent: {self.limit}"
 
 
 class NodeFailed(RequestBroken):
@@ -81,9 +90,17 @@ class NodeFailed(RequestBroken):
     def blames_node(self) -> bool:
         return self.code not in _OUR_FAULT
 
+    @property
+    def reason(self) -> str:
+        return f"failed: {self.code}"
+
 
 class ProtocolBroken(RequestBroken):
     """The node broke the law of `node_agent.protocol`; the reply is worthless from there on."""
+
+    @property
+    def reason(self) -> str:
+        return "broke the protocol"
 
 
 class TooMuchHeld(RequestBroken):

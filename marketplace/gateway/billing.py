@@ -19,7 +19,7 @@ from marketplace.fabric.node_ids import node_uuid
 from marketplace.gateway import metrics
 from marketplace.gateway.answer import UsageOut
 from marketplace.gateway.ports import LedgerAccounts
-from marketplace.gateway.receipts_writer import Drift, Hashes, ReceiptWriter
+from marketplace.gateway.receipts_writer import Attempt, Drift, Hashes, ReceiptWriter
 from marketplace.gateway.session import Session
 from marketplace.ledger.charges import FINISH_CHARACTERS_MAX, MODEL_CHARACTERS_MAX, Charge
 from marketplace.ledger.errors import LedgerError, LedgerUnavailable
@@ -130,6 +130,12 @@ class Billing:
         return self._receipts.note(
             Hashes(session.request_id, session.request_sha256, answer.response_sha256(), usage.counted_on)
         )
+
+    def record_attempt(self, session: Session, reason: str) -> None:
+        """Have on record that the session's node has seen the prompt, and did not answer it (V8)."""
+        assert session.node is not None
+        node = node_uuid(session.node.node_id)
+        self._receipts.failed(Attempt(session.request_id, session.tries, node, session.model, reason))
 
     async def record_refusal(self, session: Session, *, status: int, code: str) -> None:
         """Give a refused request of a known buyer its usage row, at a cost of zero (R17)."""

@@ -9,6 +9,7 @@ key → limits → parse and bound → choose nodes → authorise from the lease
 * of an alias, the next model takes over where one cannot serve or its nodes failed, with a hold of its own
   in place of the first; the retries are two over all models, and the last is kept for the next model;
 * the last byte waits for the commit of the charge, so bytes delivered mean a usage row (V6);
+* every node that was sent the prompt is on record with the request, also where it did not answer;
 * a buyer who leaves pays for what had come by then, and the node is told to stop;
 * prompts and completions are never logged, nor is the text of any error that might quote them.
 """
@@ -29,7 +30,13 @@ from uuid import UUID
 from msgspec.structs import replace
 
 from marketplace.accounts.errors import KeysUnavailable
-from marketplace.fabric.errors import FabricUnavailable, NodeFailed, ProtocolBroken, RequestBroken
+from marketplace.fabric.errors import (
+    FabricUnavailable,
+    NodeAbsent,
+    NodeFailed,
+    ProtocolBroken,
+    RequestBroken,
+)
 from marketplace.fabric.node_client import AnswerFrame, NodeClient
 from marketplace.gateway import metrics
 from marketplace.gateway.admission import Admission, Reserved, may_use
@@ -493,6 +500,8 @@ class ChatService:
                 failure = e
                 _log.info("a node failed a request: %s", type(e).__name__, extra=session.log_fields)
                 if not session.answer.is_whole:  # else only the node's last word is missing
+                    if not isinstance(e, NodeAbsent):
+                        self._billing.record_attempt(session, e.reason)
                     if session.has_streamed:
                         await self._end_broken(responder, session)
                         return

@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from marketplace.fabric.errors import FabricUnavailable
 from marketplace.fabric.node_ids import node_id_of
 from marketplace.gateway.receipts import (
+    HASHES_KEPT_DAYS,
     Page,
     ReceiptSigner,
     Stated,
@@ -91,6 +92,9 @@ _COUNTERSIGNED: Final = text("""
 _OLD_DRIFT: Final = text("""
     DELETE FROM metering_drift WHERE id IN (
         SELECT id FROM metering_drift WHERE at < now() - :days * INTERVAL '1 day' LIMIT 1000)""")
+_OLD_ATTEMPTS: Final = text("""
+    DELETE FROM failed_attempts WHERE (id, attempt) IN (
+        SELECT id, attempt FROM failed_attempts WHERE at < now() - :days * INTERVAL '1 day' LIMIT 1000)""")
 _FORGET: Final = text("SELECT forget_receipts(:most)")
 
 Offer = tuple[Page, Sequence[bytes]]
@@ -245,6 +249,12 @@ async def drop_old_drift(engine: AsyncEngine) -> int:
     """Forget drifts older than a month, at most a thousand; how many there were."""
     async with transaction(engine) as connection:
         return (await connection.execute(_OLD_DRIFT, {"days": DRIFT_KEPT_DAYS})).rowcount
+
+
+async def drop_old_attempts(engine: AsyncEngine) -> int:
+    """Forget failed attempts as old as the oldest hashes, at most a thousand; how many there were."""
+    async with transaction(engine) as connection:
+        return (await connection.execute(_OLD_ATTEMPTS, {"days": HASHES_KEPT_DAYS})).rowcount
 
 
 async def forget_old_hashes(engine: AsyncEngine) -> int:

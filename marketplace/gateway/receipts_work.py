@@ -15,7 +15,13 @@ from marketplace.fabric.connection import Connection
 from marketplace.fabric.errors import FabricUnavailable
 from marketplace.gateway.idempotency import drop_expired
 from marketplace.gateway.receipts import signer_of
-from marketplace.gateway.receipts_sealer import OFFER_S_MAX, Sealer, drop_old_drift, forget_old_hashes
+from marketplace.gateway.receipts_sealer import (
+    OFFER_S_MAX,
+    Sealer,
+    drop_old_attempts,
+    drop_old_drift,
+    forget_old_hashes,
+)
 from marketplace.gateway.usage_rollup import roll_up_keys
 from marketplace.platform.settings import Settings
 
@@ -53,6 +59,7 @@ async def keep_receipts(settings: Settings, engine: AsyncEngine, stop: asyncio.E
             group.create_task(_every(ROLL_UP_S, lambda: roll_up_keys(engine), stop))
             group.create_task(_every(FORGET_S, lambda: drop_expired(engine), stop))
             group.create_task(_every(FORGET_S, lambda: drop_old_drift(engine), stop))
+            group.create_task(_every(FORGET_S, lambda: drop_old_attempts(engine), stop))
             group.create_task(_every(FORGET_S, lambda: forget_old_hashes(engine), stop))
     finally:
         with contextlib.suppress(OSError, FabricUnavailable):

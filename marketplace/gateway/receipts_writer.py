@@ -1,4 +1,4 @@
-"""What a gateway writes beside each charge: hashes for its receipt, and drift.
+"""What a gateway writes beside each charge: hashes for its receipt, drift, and who else saw the prompt.
 
 Rows go in one statement on a session of their own, while the poster commits the charges; where fewer
 wait than went the last time, a millisecond is left to the others.  The statement does not wait for the disk
@@ -38,6 +38,10 @@ _DRIFTS: Final = """
                                 completion_reported)
     SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::integer[], $6::integer[],
                          $7::integer[]) ON CONFLICT DO NOTHING"""
+_ATTEMPTS: Final = """
+    INSERT INTO failed_attempts (id, attempt, node, model, reason)
+    SELECT * FROM unnest($1::uuid[], $2::smallint[], $3::uuid[], $4::text[], $5::text[])
+    ON CONFLICT DO NOTHING"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,18 @@ class Drift:
     completion_reported: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A node that was sent a request, and so has seen its prompt, and did not answer it to the end."""
+
+    id: UUID
+    attempt: int
+    """Counted from 1."""
+    node: UUID
+    model: str
+    reason: str
+
+
 class ReceiptWriter:
     """Accepts rows from `start` to `close`."""
 
@@ -71,6 +87,7 @@ class ReceiptWriter:
         self._patience_s = patience_s
         self._hashes: deque[tuple[Hashes, asyncio.Future[bool]]] = deque()
         self._drifts: deque[Drift] = deque(maxlen=QUEUE_MAX)
+        self._attempts: deque[Attempt] = deque(maxlen=QUEUE_MAX)
         self._last_rows = 0
         self._work = asyncio.Event()
         self._is_closing = False
@@ -108,9 +125,14 @@ class ReceiptWriter:
         self._drifts.append(drift)
         self._work.set()
 
+    def failed(self, attempt: Attempt) -> None:
+        """Have a failed attempt written some time soon; of a flood, the newest."""
+        self._attempts.append(attempt)
+        self._work.set()
+
     async def _run(self) -> None:
         while True:
-            while not self._hashes and not self._drifts:
+            while not (self._hashes or self._drifts or self._attempts):
                 if self._is_closing:
                     return
                 self._work.clear()
@@ -120,6 +142,7 @@ class ReceiptWriter:
             self._last_rows = len(self._hashes)
             await self._write_hashes()
             await self._write_drifts()
+            await self._write_attempts()
 
     async def _write_hashes(self) -> None:
         part = [self._hashes.popleft() for _ in range(min(len(self._hashes), ROWS_MAX))]
@@ -152,6 +175,18 @@ class ReceiptWriter:
                 [row.prompt_reported for row in rows],
                 [row.completion_counted for row in rows],
                 [row.completion_reported for row in rows],
+            )
+
+    async def _write_attempts(self) -> None:
+        rows = [self._attempts.popleft() for _ in range(min(len(self._attempts), ROWS_MAX))]
+        if rows:
+            await self._insert(
+                _ATTEMPTS,
+                [row.id for row in rows],
+                [row.attempt for row in rows],
+                [row.node for row in rows],
+                [row.model for row in rows],
+                [row.reason for row in rows],
             )
 
     async def _insert(self, statement: str, *columns: Sequence[object]) -> bool:

@@ -47,6 +47,10 @@ Role = Literal["buyer", "operator"]
 
 _PRICES: Final = text("SELECT id, price_in, price_out FROM price_versions WHERE id = ANY(:ids)")
 _OWNERS: Final = text("SELECT id, owner FROM accounts WHERE id = ANY(:ids)")
+_ATTEMPTS: Final = text(
+    "SELECT attempt, node, model, reason FROM failed_attempts WHERE id = :id ORDER BY attempt"
+)
+_NODES: Final = text("SELECT id, operator_id FROM nodes WHERE id = ANY(:ids)")
 _COUNTED_ON: Final = text("SELECT counted_on FROM receipts WHERE id = :id")
 
 
@@ -81,13 +85,26 @@ class UsageRow(BaseModel):
     stream: bool
 
 
+class FailedAttempt(BaseModel):
+    """A node that was sent the request, prompt and all, and did not answer it to the end."""
+
+    attempt: int = Field(description="1 was asked first")
+    node_id: str
+    operator: UUID | None
+    model: str
+    reason: str
+
+
 class UsageDetail(UsageRow):
-    """One request, with how its tokens were counted."""
+    """One request, with how its tokens were counted and who else was asked."""
 
     counted_on: Literal["ids", "text"] | None = Field(
         description="`ids` the engine sampled, or delivered `text` encoded again; null: nothing served"
     )
     receipt: str | None = Field(description="Where its receipt is")
+    failed_attempts: list[FailedAttempt] = Field(
+        description="Other nodes that saw the prompt, for its buyer alone; kept for 400 days"
+    )
 
 
 class UsageOut(BaseModel):
@@ -192,12 +209,29 @@ async def one_request(
             raise Refusal(404, "request_not_found", "you have no request of this id")
         (row,) = await _rows(connection, [charge], role)
         counted_on = await connection.scalar(_COUNTED_ON, {"id": request_id})
+        attempts = await _failed_attempts(connection, request_id) if role == "buyer" else []
     has_receipt = counted_on is not None or charge.amount.n > 0
     return UsageDetail(
         **row.model_dump(),
         counted_on=None if counted_on is None else _name(CountedOn(counted_on)),
         receipt=f"/api/receipts/{request_id}" if has_receipt else None,
+        failed_attempts=attempts,
     )
+
+
+async def _failed_attempts(connection: AsyncConnection, request_id: UUID) -> list[FailedAttempt]:
+    rows = (await connection.execute(_ATTEMPTS, {"id": request_id})).all()
+    if not rows:
+        return []
+    ids = {"ids": [node_id_of(row.node) for row in rows]}
+    operators = {row.id: row.operator_id for row in await connection.execute(_NODES, ids)}
+    return [
+        FailedAttempt(
+            attempt=row.attempt, node_id=node_id_of(row.node), model=row.model, reason=row.reason,
+            operator=operators.get(node_id_of(row.node)),
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def _name(counted_on: CountedOn) -> Literal["ids", "text"]:

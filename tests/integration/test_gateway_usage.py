@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
@@ -24,11 +25,14 @@ from gateway_parts import (
     running_gateway,
     said,
     saying,
+    sending,
     whole,
 )
 from letters import prompt_tokens
+from sqlalchemy import text
 
 from marketplace.accounts.people import create_key, create_person
+from marketplace.gateway.receipts_sealer import drop_old_attempts
 from marketplace.gateway.usage_rollup import roll_up_keys
 from marketplace.ledger.money import Nano, cost, dollars
 from marketplace.ledger.rollups import roll_up
@@ -144,6 +148,64 @@ async def test_one_request_is_shown_to_its_two_sides_only(gateway: RunningGatewa
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "request_not_found")
         assert (await ask(stranger, f"/api/usage/{uuid7()}")).status_code == 404
         assert (await ask(stranger, "/api/usage")).json() == {"data": [], "next_before": None}
+
+
+async def _attempts(gateway: RunningGateway, request_id: str, count: int) -> list[dict[str, Any]]:
+    """What is on record of a request's failed attempts, waited for."""
+    async with asyncio.timeout(5):
+        while len(found := (await gateway.get(f"/api/usage/{request_id}"))["failed_attempts"]) < count:
+            await asyncio.sleep(0.02)
+    assert len(found) == count
+    return list(found)
+
+
+async def test_v8_every_node_that_saw_a_prompt_is_on_record(gateway: RunningGateway) -> None:
+    """Also those that did not answer, to the buyer alone; not one that nobody was connected for."""
+    full = sending(Failed(0, FailureCode.OVERLOADED, "the operator's words", is_retriable=True))
+    torn = sending(Accepted(0), Delta(1, [said("half")]), Delta(3, [said("lost")]))
+    first = await gateway.add_node(full, price_out=1)
+    answer = await gateway.chat({**HELLO, "provider": {"sort": "price"}})
+    assert answer.json()["error"]["code"] == "nodes_failed"
+    (attempt,) = await _attempts(gateway, answer.headers["x-tollway-request-id"], 1)
+    assert attempt == {
+        "attempt": 1, "node_id": first.node_id, "operator": str(gateway.operator), "model": MODEL,
+        "reason": "failed: overloaded",
+    }  # fmt: skip
+    await first.connection.close()
+    second = await gateway.add_node(torn, price_out=2)
+    third = await gateway.add_node(saying(["fine"]))
+    answer = await gateway.chat({**HELLO, "provider": {"order": [first.node_id, second.node_id]}})
+    assert answer.headers["x-tollway-node"] == third.node_id
+    request_id = answer.json()["usage"]["receipt_id"]
+    (attempt,) = await _attempts(gateway, request_id, 1)
+    assert (attempt["node_id"], attempt["reason"]) == (second.node_id, "broke the protocol")
+    assert (await gateway.get(f"/api/usage/{request_id}"))["node_id"] == third.node_id
+    async with transaction(gateway.owner) as connection:
+        operator = await create_key(
+            connection, gateway.process.settings.secret, gateway.operator, "o", {"account"}
+        )
+    async with httpx.AsyncClient(
+        base_url=gateway.url, headers={"Authorization": f"Bearer {operator}"}
+    ) as http:
+        served = await http.get(f"/api/usage/{request_id}?role=operator")
+    assert served.json()["failed_attempts"] == []
+
+
+async def test_old_failed_attempts_are_forgotten_as_hashes_are(gateway: RunningGateway) -> None:
+    engine, ages = gateway.process.engine, {uuid7(): days for days in (0, 399, 401)}
+    async with transaction(gateway.owner) as connection:
+        for identity, days in ages.items():
+            await connection.execute(
+                text(
+                    "INSERT INTO failed_attempts (id, attempt, node, model, reason, at) "
+                    "VALUES (:id, 1, :id, 'm', 'r', now() - :days * INTERVAL '1 day')"
+                ),
+                {"id": identity, "days": days},
+            )
+    assert await drop_old_attempts(engine) == 1
+    async with engine.connect() as connection:
+        left = await connection.scalars(text("SELECT id FROM failed_attempts"))
+    assert {*left} == {identity for identity, days in ages.items() if days < 400}
 
 
 async def test_pages_filters_and_csv_agree(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
