@@ -97,6 +97,10 @@ def die_at(point: str, nth: int, phase: str, pid_file: str) -> None:
     Connection.execute = one_call  # type: ignore[method-assign]
 
 
+BEYOND = ("lease_keeper._authorise_beyond", "lease_keeper._give_back")
+"""What only an overdraft brings about."""
+
+
 class Server:
     """Serves one buyer's requests one after the other, in ways that bring every commit about."""
 
@@ -117,7 +121,7 @@ class Server:
             await asyncio.sleep(TTL_MS / 400)  # idle: the slice is returned
         if n > 16 and point == "lease_keeper._revive":
             time.sleep(TTL_MS / 1000)
-        if n > 10 and point == "lease_keeper._authorise_beyond":
+        if n > 10 and point in BEYOND:
             self._keeper.release(await self._keeper.authorise(self._buyer, Nano(2**60), minimum=Nano(1)))
         hold = await self._keeper.authorise(self._buyer, Nano(2 * self._cost), minimum=Nano(1))
         try:
@@ -147,7 +151,7 @@ class Server:
 
 async def run(url: str, people: tuple[int, int], cost: int, seconds: int, point: str) -> None:
     engine = connect(url, pool_size=4)
-    terms = Overdraft(limit=Nano(cost)) if point == "lease_keeper._authorise_beyond" else None
+    terms = Overdraft(limit=Nano(cost)) if point in BEYOND else None
     give_up_at = time.monotonic() + (seconds or 3 * PATIENCE_S)
     async with (
         LeaseKeeper(

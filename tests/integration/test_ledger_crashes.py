@@ -35,11 +35,12 @@ POINTS = (
     "lane.claim",
     "lease_keeper._authorise_beyond",
     "lease_keeper._extend",
-    "lease_keeper._fetch",
     "lease_keeper._give_back",
+    "lease_keeper._grant",
     "lease_keeper._reap",
     "lease_keeper._renew_all",
     "lease_keeper._return_excess",
+    "lease_keeper._return_idle",
     "lease_keeper._revive",
 )
 """Every function of the ledger that commits; `test_no_commit_is_left_out` keeps the list complete."""
