@@ -287,7 +287,7 @@ def everything(only: Sequence[str], *, is_quick: bool) -> Iterator[Bench]:
                 subjects |= {OURS: ours.subject, APART: ours.subject}
                 subjects[RELAY] = stack.enter_context(relay(ours, folder, GATEWAY_CORE))
             except NotHadError as error:
-                started.missing[OURS] = started.missing[APART] = str(error)
+                started.missing[OURS] = started.missing[APART] = started.missing[RELAY] = str(error)
         yield Bench(folder, answer, subjects, started.missing, ours, is_quick)
 
 

@@ -171,7 +171,8 @@ class Billing:
         written = answer.written()
         stops = request.stops
         # Told which tokens to sample, an engine may write what is no text; the buyer has asked for it.
-        ignores_end = bool(request.ignore_eos or request.allowed_token_ids or request.logit_bias)
+        is_favoured = any(bias > 0 for bias in (request.logit_bias or {}).values())
+        ignores_end = bool(request.ignore_eos or request.allowed_token_ids or is_favoured)
 
         def count() -> tuple[int, CountedOn]:
             counts = [

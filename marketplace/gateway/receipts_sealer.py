@@ -93,8 +93,9 @@ _OLD_DRIFT: Final = text("""
     DELETE FROM metering_drift WHERE id IN (
         SELECT id FROM metering_drift WHERE at < now() - :days * INTERVAL '1 day' LIMIT 1000)""")
 _OLD_ATTEMPTS: Final = text("""
-    DELETE FROM failed_attempts WHERE (id, attempt) IN (
-        SELECT id, attempt FROM failed_attempts WHERE at < now() - :days * INTERVAL '1 day' LIMIT 1000)""")
+    DELETE FROM failed_attempts WHERE (id, attempt, node) IN (
+        SELECT id, attempt, node FROM failed_attempts
+        WHERE at < now() - :days * INTERVAL '1 day' LIMIT 1000)""")
 _FORGET: Final = text("SELECT forget_receipts(:most)")
 
 Offer = tuple[Page, Sequence[bytes]]

@@ -48,7 +48,7 @@ Role = Literal["buyer", "operator"]
 _PRICES: Final = text("SELECT id, price_in, price_out FROM price_versions WHERE id = ANY(:ids)")
 _OWNERS: Final = text("SELECT id, owner FROM accounts WHERE id = ANY(:ids)")
 _ATTEMPTS: Final = text(
-    "SELECT attempt, node, model, reason FROM failed_attempts WHERE id = :id ORDER BY attempt"
+    "SELECT attempt, node, model, reason FROM failed_attempts WHERE id = :id ORDER BY attempt, at"
 )
 _NODES: Final = text("SELECT id, operator_id FROM nodes WHERE id = ANY(:ids)")
 _COUNTED_ON: Final = text("SELECT counted_on FROM receipts WHERE id = :id")

@@ -253,8 +253,8 @@ class LeaseKeeper:
                 await self._grant(turn)
         finally:
             self._granting = None
-            for asking in self._asking:  # none, unless we are being closed
-                _tell(asking, LedgerUnavailable("no lease: this process is stopping"))
+            for asking in self._asking:  # none, unless we are being closed or at fault
+                _tell(asking, LedgerUnavailable("no lease: this process grants no more just now"))
             self._asking = []
 
     def _turn(self) -> tuple[list[_Asking], list[_Asking]]:
@@ -278,12 +278,13 @@ class LeaseKeeper:
                     ttl_ms=self._ttl_ms,
                     new_id=self._new_id,
                 )
-        except BaseException as e:  # whoever waits is told, whatever it was
+        except _UNREACHABLE as e:
             for asking in turn:
                 _tell(asking, LedgerUnavailable("no lease: the database does not answer"), because=e)
-            if not isinstance(e, _UNREACHABLE):
-                raise
             return
+        except BaseException:
+            self._asking = [*turn, *self._asking]  # told where this ends
+            raise
         until = self._usable_until(asked_at_ns)
         for asking, answer in zip(turn, answers, strict=True):
             if isinstance(answer, Granted):  # into the book also where nobody waits for it any more

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -32,7 +33,9 @@ from letters import prompt_tokens
 from sqlalchemy import text
 
 from marketplace.accounts.people import create_key, create_person
+from marketplace.fabric.node_ids import node_id_of
 from marketplace.gateway.receipts_sealer import drop_old_attempts
+from marketplace.gateway.receipts_writer import Attempt
 from marketplace.gateway.usage_rollup import roll_up_keys
 from marketplace.ledger.money import Nano, cost, dollars
 from marketplace.ledger.rollups import roll_up
@@ -171,6 +174,11 @@ async def test_v8_every_node_that_saw_a_prompt_is_on_record(gateway: RunningGate
         "attempt": 1, "node_id": first.node_id, "operator": str(gateway.operator), "model": MODEL,
         "reason": "failed: overloaded",
     }  # fmt: skip
+    # Who takes over from a gateway that died asks under the same id, and may ask another node first.
+    request_id, other = UUID(answer.headers["x-tollway-request-id"]), uuid7()
+    gateway.process.receipts.failed(Attempt(request_id, 1, other, MODEL, "silent: accept"))
+    both = await _attempts(gateway, str(request_id), 2)
+    assert {attempt["node_id"] for attempt in both} == {first.node_id, node_id_of(other)}
     await first.connection.close()
     second = await gateway.add_node(torn, price_out=2)
     third = await gateway.add_node(saying(["fine"]))

@@ -11,6 +11,7 @@ down_revision = "gateway_0002"
 branch_labels = None
 depends_on = None
 
+# A gateway that takes over a repeated request of one that died counts its own attempts under the same id.
 STATEMENTS: Final = (
     """CREATE TABLE failed_attempts (
         id UUID NOT NULL,
@@ -19,7 +20,7 @@ STATEMENTS: Final = (
         node UUID NOT NULL,
         model TEXT NOT NULL,
         reason TEXT NOT NULL,
-        PRIMARY KEY (id, attempt)
+        PRIMARY KEY (id, attempt, node)
     )""",
     "CREATE INDEX failed_attempts_at_idx ON failed_attempts (at)",
     "GRANT SELECT, INSERT, DELETE ON failed_attempts TO tollway_app",
