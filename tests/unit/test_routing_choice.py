@@ -284,7 +284,7 @@ def test_the_fast_score_is_the_explained_one(question: Question) -> None:
     if eligible:
         parts = zip(eligible, choice._all_parts(eligible, question), strict=True)
         explained = {view.node_id: part.score for view, part in parts}
-        ranked = choice._ranked(eligible, question)
+        ranked = choice._ranked(eligible, question, choice._bests(eligible, question))
         assert {view.node_id: score for score, view in ranked} == pytest.approx(explained)
         assert [score for score, _ in ranked] == sorted((score for score, _ in ranked), reverse=True)
 
