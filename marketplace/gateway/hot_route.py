@@ -394,6 +394,10 @@ class HotRouteProtocol(HttpToolsProtocol):
             self._timer.cancel()
         self._disconnect_all()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves it where the connection broke
+        # No circle is left for the collector, which comes rarely: a connection has some 10 kB.
+        self.cycle = self._serving = None  # type: ignore[assignment]
+        self.pipeline.clear()
 
     def _disconnect_all(self) -> None:
         """Tell every request on this connection that nobody waits for it; uvicorn tells only the last."""

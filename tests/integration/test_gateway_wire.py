@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from fabric_parts import eventually
 from gateway_parts import (
     DOLLAR,
     HELLO,
@@ -21,6 +23,7 @@ from gateway_parts import (
 )
 
 from marketplace.gateway import hot_route
+from marketplace.gateway.hot_route import HotRouteProtocol
 from marketplace.platform.embedded_nats import EmbeddedNats
 from node_agent import protocol
 from node_agent.protocol import Accepted, Delta, End, TokenLogprob, TopLogprob
@@ -224,6 +227,29 @@ async def test_a_slow_buyer_slows_the_node_and_gets_everything(gateway: RunningG
     assert answer.count(b'"content":"x"') == parts
     assert (await gateway.only_row())["completion_tokens"] == parts
     await gateway.assert_proved()
+
+
+async def test_a_closed_connection_leaves_nothing_for_the_collector(gateway: RunningGateway) -> None:
+    """Which comes rarely: buyers who open a connection for each request would have a gateway grow."""
+    await gateway.add_node(saying(["ok"], pause_s=0.05))
+    gc.collect()
+    gc.disable()
+    try:
+        for body in (HELLO, STREAM):
+            await gateway.raw(_request(gateway, body, extra="Connection: close\r\n"))
+            _, writer = await _open(gateway)
+            writer.write(_request(gateway, body) * 2)
+            await asyncio.sleep(0.02)
+            writer.transport.abort()  # in mid-answer, with another request behind it
+            _, writer = await _open(gateway)
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.sleep(0.02)
+            writer.close()
+            await writer.wait_closed()
+        del writer
+        await eventually(lambda: not any(isinstance(o, HotRouteProtocol) for o in gc.get_objects()))
+    finally:
+        gc.enable()
 
 
 async def test_a_buyer_who_takes_nothing_is_let_go(
