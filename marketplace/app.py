@@ -66,6 +66,7 @@ from marketplace.platform.allotments import Allotments
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.garbage import give_back
 from marketplace.platform.http import Services, install_error_handlers
+from marketplace.platform.huge_pages import keep_collapsed
 from marketplace.platform.ids import uuid7
 from marketplace.platform.limits import (
     DEFAULT_LIMITS,
@@ -299,4 +300,8 @@ async def serve(settings: Settings, *, listen_fd: int | None = None, ready_fd: i
             # Others serve meanwhile; who accepts before the nodes have spoken answers 503.
             await asyncio.sleep(HEAR_S)
             sockets = [socket.socket(fileno=listen_fd)]
-        await server.serve(sockets=sockets)
+        collapsing = asyncio.create_task(keep_collapsed())
+        try:
+            await server.serve(sockets=sockets)
+        finally:
+            collapsing.cancel()
