@@ -16,6 +16,8 @@ The law of a request:
    engine and sends `Failed(code=CANCELLED)`, which the gateway is free not to wait for.
 7. A gateway that dies cancels nothing. So now and then (`LISTENERS_ASKED_MS`) the node gives a frame a
    reply subject of its own; if nobody hears it, NATS says so there, and the node aborts as on `Cancel`.
+8. A gateway with many streams asks for `frame_gap_ms`: after each frame of a stream's text the node lets
+   so long pass before it reads its engine again, so that what comes meanwhile travels in one frame.
 
 Messages grow only by appending optional fields: unknown fields are ignored, so either side may be newer.
 Times are milliseconds. Durations are relative, since operators' clocks are not trusted.
@@ -64,6 +66,7 @@ WALL_MS_MAX: Final = 600_000  # longest request
 ACCEPT_MS_MAX: Final = 5_000  # gateway: from publishing to `Accepted` or `Failed`
 CREDIT_STALL_MS: Final = 30_000  # node: longest wait for credit
 CREDIT_DEFAULT: Final = 64  # `Delta`s granted with a request
+FRAME_GAP_MS_MAX: Final = 1_000  # a gateway may ask for between two frames of a stream
 LISTENERS_ASKED_MS: Final = 1_000  # node: from one question whether anybody listens to the next, at least
 STATUS_EVERY_MS: Final = 3_000
 NODE_SILENT_MS_MAX: Final = 60_000  # a node without a status for this long is out
@@ -170,6 +173,7 @@ class Request(msgspec.Struct, tag="request", frozen=True):
     `stream` says whether the buyer streams; if not, the agent gathers the answer into few `Delta`s.
     `deadline_ms` is how long the node may take, counted from receipt.
     `kind` is `chat` (the body has `messages`) or `completion` (it has a `prompt`).
+    `frame_gap_ms` is the time between two frames of a stream's text, at least; the first waits for nothing.
     """
 
     v: int
@@ -180,6 +184,7 @@ class Request(msgspec.Struct, tag="request", frozen=True):
     deadline_ms: Annotated[int, msgspec.Meta(gt=0, le=WALL_MS_MAX)]
     credit: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)] = CREDIT_DEFAULT
     kind: ShortText = "chat"
+    frame_gap_ms: Annotated[int, msgspec.Meta(ge=0, le=FRAME_GAP_MS_MAX)] = 0
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):

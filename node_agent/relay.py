@@ -1,8 +1,9 @@
 """One request: from the engine's events to numbered frames, within credit and limits.
 
 Events that arrive together leave together, so under load frames carry several tokens and each
-keeps its place. For a buyer who does not stream, the answer is gathered and leaves in as few frames as
-limits allow. Out of credit, the engine is not read, which holds it back through its own socket.
+keeps its place; a gateway with many streams asks for a gap between frames, in which they gather. For a
+buyer who does not stream, the answer is gathered and leaves in as few frames as limits allow. Out of
+credit, the engine is not read, which holds it back through its own socket.
 The relay ends in exactly one `End` or `Failed`, whatever happens, and then its engine
 connection is closed, which is what makes vLLM abort.
 """
@@ -147,11 +148,14 @@ class Relay:
 
     async def _forward(self, answer: AsyncGenerator[list[EngineEvent], None]) -> None:
         gathered = _Gathered()
+        gap_s = self.request.frame_gap_ms / 1000
         async with contextlib.aclosing(answer):
             while (events := await _next(answer)) is not None:
                 self._note(events)
                 if self.request.stream:
                     await self._send_delta(_choices(events), _prompt_ids(events))
+                    if gap_s and _says_something(events):
+                        await asyncio.sleep(gap_s)  # the engine's next words gather in its socket
                 else:
                     gathered.add(events)
                     if gathered.size > GATHER_BYTES_MAX:
@@ -330,6 +334,14 @@ def _chained(lists: "list[list[_T] | None]") -> "list[_T] | None":
 
 def _choices(events: list[EngineEvent]) -> list[ChoiceDelta]:
     return [choice for event in events for choice in event.choices]
+
+
+def _says_something(events: list[EngineEvent]) -> bool:
+    """More than vLLM's opening event, which comes before the first token."""
+    return any(
+        choice.content or choice.reasoning or choice.tool_calls or choice.token_ids
+        for choice in _choices(events)
+    )
 
 
 def _prompt_ids(events: list[EngineEvent]) -> list[int] | None:

@@ -3,8 +3,9 @@
     python nodes.py CONFIGURATION.json
 
 Their frames are encoded once by `node_agent.protocol`; a request costs the stub a decode and a few
-publishes, so that it is not what a benchmark measures.  A prompt with `pace_ms=010` gets a frame per
-token, 10 ms apart; at a pace of 0 a stream is three frames after the first token's, as an agent would
+publishes, so that it is not what a benchmark measures.  A prompt with `pace_ms=010` gets a token every
+10 ms, each in a frame of its own unless the gateway asks for a gap between frames, which is kept as an
+agent's relay keeps it; at a pace of 0 a stream is three frames after the first token's, as an agent would
 coalesce what its engine wrote at once.
 """
 
@@ -50,13 +51,31 @@ class Frames:
     def __init__(self, configuration: Configuration) -> None:
         self._prompt_ids = configuration.prompt_ids
         self._pieces, self._ids = configuration.pieces, configuration.ids
+        self._paced: dict[tuple[int, int], list[tuple[int, list[bytes]]]] = {}
         count = len(self._ids)
         self.plain = self._rows([[self._joined()]], [count])
         step = -(-(count - 1) // FRAMES_AFTER_FIRST)
         cuts = [0, *range(1, count, step), count]
-        choices = [self._choice(at) for at in range(count)]
-        self.stream = self._rows([choices[a:b] for a, b in pairwise(cuts)], cuts[1:])
-        self.paced = self._rows([[choice] for choice in choices], range(1, count + 1))
+        self.stream = self._cut(cuts)
+
+    def _cut(self, cuts: Sequence[int]) -> list[bytes]:
+        """Frames that end before these tokens."""
+        choices = [[self._choice(at) for at in range(a, b)] for a, b in pairwise(cuts)]
+        return self._rows(choices, cuts[1:])
+
+    def paced(self, pace_ms: int, gap_ms: int) -> list[tuple[int, list[bytes]]]:
+        """What is sent when (ms after the beginning): what an agent reads once its gap has passed."""
+        if (pace_ms, gap_ms) not in self._paced:
+            times, cuts, count = [0], [0, 1], len(self._ids)
+            while cuts[-1] < count:
+                at_ms = max(times[-1] + gap_ms, cuts[-1] * pace_ms)
+                times.append(at_ms)
+                cuts.append(min(count, at_ms // pace_ms + 1))
+            accepted, first, *others, end = self._cut(cuts)
+            rows = [[accepted, first], *([frame] for frame in others)]
+            rows[-1].append(end)
+            self._paced[pace_ms, gap_ms] = list(zip(times, rows, strict=True))
+        return self._paced[pace_ms, gap_ms]
 
     def _choice(self, at: int) -> protocol.ChoiceDelta:
         return protocol.ChoiceDelta(
@@ -115,23 +134,23 @@ class Wheel:
 class PacedAnswer:
     """One request being answered, a frame at a time."""
 
-    __slots__ = ("_at", "_node", "_pace_ms", "_reply", "due_ms", "is_cancelled")
+    __slots__ = ("_at", "_began_ms", "_node", "_reply", "_rows", "due_ms", "is_cancelled")
 
-    def __init__(self, node: StubNode, reply: bytes, pace_ms: int) -> None:
-        self._node, self._reply, self._pace_ms, self._at = node, reply, pace_ms, 0
-        self.due_ms = int(asyncio.get_running_loop().time() * 1000)
+    def __init__(self, node: StubNode, reply: bytes, rows: Sequence[tuple[int, list[bytes]]]) -> None:
+        self._node, self._reply, self._rows, self._at = node, reply, rows, 0
+        self._began_ms = self.due_ms = int(asyncio.get_running_loop().time() * 1000)
         self.is_cancelled = False
 
     def go_on(self) -> bool:
         """Send what is due; False when there is no more."""
         if self.is_cancelled:
             return False
-        frames = self._node.frames.paced
-        first = self._at == 0
-        until = 2 if first else len(frames) if self._at == len(frames) - 2 else self._at + 1
-        self._node.answer(self._reply, frames[self._at : until])
-        self._at, self.due_ms = until, self.due_ms + self._pace_ms
-        return until < len(frames)
+        self._node.answer(self._reply, self._rows[self._at][1])
+        self._at += 1
+        if self._at == len(self._rows):
+            return False
+        self.due_ms = self._began_ms + self._rows[self._at][0]
+        return True
 
 
 class StubNode(asyncio.Protocol):
@@ -220,7 +239,9 @@ class StubNode(asyncio.Protocol):
         if not pace_ms:
             self.answer(reply, self.frames.stream)
             return
-        answer = self._answering[request.id] = PacedAnswer(self, reply, pace_ms)
+        answer = self._answering[request.id] = PacedAnswer(
+            self, reply, self.frames.paced(pace_ms, request.frame_gap_ms)
+        )
         self._wheel.put(answer)
 
     def _on_control(self, payload: bytes) -> None:

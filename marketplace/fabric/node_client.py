@@ -74,6 +74,13 @@ HELD_BYTES_MAX: Final = 512 * 1024 * 1024
 """Received bytes of all answers whose readers are not done. Streams of 2,000 tokens have some 0.2 MB each."""
 DEADLINE_GRACE_MS: Final = 2_000
 """How long after its own deadline a node may still take to say so."""
+STREAMS_PER_GAP_MS: Final = 10
+"""So far apart, the frames of all streams are at most 10,000 a second, however fast their engines are: a
+seventh of the core that gateway and NATS server share (14 µs each, ADR 0042)."""
+FRAME_GAP_MS_LEAST: Final = 5
+"""Engines seldom write a stream's tokens closer than this: a shorter gap would gather nothing."""
+FRAME_GAP_MS_MOST: Final = 50
+"""Twenty parts a second still read as a flow."""
 
 _ACCEPT: Final[Limit] = "accept"
 _FIRST_TOKEN: Final[Limit] = "first_token"  # noqa: S105 - a token of text
@@ -126,7 +133,6 @@ class Reply:
         "_error",
         "_frames",
         "_heartbeats",
-        "_is_stream",
         "_last_s",
         "_loop",
         "_passage",
@@ -140,6 +146,7 @@ class Reply:
         "held_bytes",
         "is_accepted",
         "is_over",
+        "is_stream",
         "key",
         "node",
         "request_id",
@@ -158,7 +165,7 @@ class Reply:
         self._heartbeats = 0
         self._watch = watch
         self._passage: Passage | None = None
-        self._is_stream = request.stream
+        self.is_stream = request.stream
         self._started_s = self._last_s = self._loop.time()
         limits = client.limits
         self._wall_s = self._started_s + min(limits.wall_ms, request.deadline_ms + DEADLINE_GRACE_MS) / 1000
@@ -322,7 +329,7 @@ class Reply:
         due_s, limit = self._wall_s, _WALL
         if not self.is_accepted:
             return min((due_s, limit), (self._started_s + limits.accept_ms / 1000, _ACCEPT))
-        if not self.had_delta and self._is_stream:
+        if not self.had_delta and self.is_stream:
             first_s = self._started_s + limits.first_token_ms / 1000
             due_s, limit = min((due_s, limit), (first_s, _FIRST_TOKEN))
         return min((due_s, limit), (self._last_s + limits.idle_ms / 1000, _IDLE))
@@ -368,6 +375,7 @@ class NodeClient:
         self._replies: dict[bytes, Reply] = {}
         self._by_request: dict[str, Reply] = {}
         self._sid = b""
+        self._streams = 0
 
     def start(self) -> None:
         self._sid = self._connection.subscribe(
@@ -385,6 +393,12 @@ class NodeClient:
     def in_flight(self) -> int:
         return len(self._replies)
 
+    @property
+    def frame_gap_ms(self) -> int:
+        """How far apart a stream's frames should be for this process to keep up with all of them."""
+        gap_ms = self._streams // STREAMS_PER_GAP_MS
+        return 0 if gap_ms < FRAME_GAP_MS_LEAST else min(gap_ms, FRAME_GAP_MS_MOST)
+
     def request(self, node: NodeId, request: Request) -> Reply:
         """Send `request` to `node`; raises FabricUnavailable if it could not be sent, ValueError for a
         request id already in flight. Use the reply in an `async with`, so that it cannot be left running.
@@ -399,6 +413,7 @@ class NodeClient:
         watch = None if self.witness is None else self.witness.watch(node, request)
         reply = Reply(self, subject.encode(), node, request, watch)
         self._replies[reply.key] = reply
+        self._streams += request.stream
         self._unreleased.add(reply)
         self._by_request[request.id] = reply
         return reply
@@ -435,7 +450,7 @@ class NodeClient:
             self.held_bytes -= reply.held_bytes
 
     def forget(self, reply: Reply) -> None:
-        self._replies.pop(reply.key, None)
+        self._streams -= self._replies.pop(reply.key, None) is not None and reply.is_stream
         self._by_request.pop(reply.request_id, None)
 
     # -- what the connection calls

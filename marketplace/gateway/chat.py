@@ -535,6 +535,7 @@ class ChatService:
         message = Request(
             v=VERSION, id=session.request_id.hex, model=session.model, body=body, stream=session.is_stream,
             deadline_ms=max(1, left_ms), kind=request.kind,
+            frame_gap_ms=self._nodes.frame_gap_ms if session.is_stream else 0,
         )  # fmt: skip
         outcome, sent_at = Outcome.NEUTRAL, self._clock.monotonic()
         self._registry.begin(node.node_id, session.model)

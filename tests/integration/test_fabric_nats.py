@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import nats
 import nats.aio.client
 import nats.aio.msg
@@ -408,6 +410,23 @@ async def test_deltas_are_passed_on_where_they_arrive_and_in_order(
         await node.say(subject, End(5))
         assert [type(frame) for frame in await reply.batch()] == [End]
     assert node.cancelled == []
+
+
+async def test_the_more_streams_the_further_apart_their_frames_are_wanted(
+    service: FabricService, node: SpeakingNode
+) -> None:
+    assert service.nodes.frame_gap_ms == 0
+    async with contextlib.AsyncExitStack() as stack:
+        for at in range(600):
+            request = msgspec.structs.replace(a_request(), id=f"r{at}", stream=at % 6 != 0)
+            await stack.enter_async_context(service.nodes.request(NodeId("n-1"), request))
+            if at == 30:
+                assert service.nodes.frame_gap_ms == 0  # a shorter gap than engines have would gather nothing
+            if at == 299:
+                assert service.nodes.frame_gap_ms == 25  # whole answers do not count
+        assert service.nodes.frame_gap_ms == 50
+        assert service.nodes.cancel("r1")
+    assert service.nodes.frame_gap_ms == 0
 
 
 async def test_leaving_early_cancels_and_late_frames_are_dropped(

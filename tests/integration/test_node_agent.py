@@ -280,6 +280,30 @@ async def test_stream_is_told_in_order_with_ids_and_counts(agent: Agent, engine:
     assert (end.prompt_tokens, end.completion_tokens, end.cached_tokens) == (5, 4, 2)
 
 
+async def test_tokens_gather_between_the_frames_a_gateway_wants_apart(
+    agent: Agent, engine: FakeEngine
+) -> None:
+    engine.words, engine.gap_seconds = [f"w{i} " for i in range(20)], 0.015
+    began = time.monotonic()
+    reply = await agent.ask(frame_gap_ms=100)
+    await reply.all()
+    gaps = (time.monotonic() - began) / 0.1
+    spoken = [[c for c in delta.choices if c.content] for delta in reply.deltas]
+    spoken = [choices for choices in spoken if choices]
+    assert [c.content for choices in spoken for c in choices] == engine.words  # each token by itself still
+    assert [c.token_ids for choices in spoken for c in choices] == [[100 + i] for i in range(20)]
+    assert len(spoken[0]) == 1  # the first waits for nobody
+    assert 2 <= len(spoken) <= gaps + 1
+    assert isinstance(reply.end, protocol.End)
+
+
+async def test_nobody_who_wants_no_gap_waits_for_one(agent: Agent, engine: FakeEngine) -> None:
+    engine.words, engine.gap_seconds = [f"w{i} " for i in range(20)], 0.015
+    reply = await agent.ask()
+    await reply.all()
+    assert len(reply.deltas) > 10
+
+
 async def test_engine_is_asked_for_ids_and_usage_whatever_the_body_says(
     agent: Agent, engine: FakeEngine
 ) -> None:
