@@ -1,10 +1,8 @@
-"""Where buyers pay on Solana.
+"""Addresses buyers pay to on Solana, for senders that only know an address (exchanges).
 
-(a) Solana Pay: one escrow account for everybody, and a reference key per intent.  Nothing on chain
-    until somebody pays, no sweep.
-(b) A pool address per account, for senders that only know an address (exchanges): a wallet whose key
-    is derived from a secret seed.  Making the address creates its token account and lets the escrow
-    multisig move everything out of it; from then on its key is never needed again.
+A pool address per account: a wallet whose key is derived from a secret seed.  Making the address creates
+its token account and lets the escrow multisig move everything out of it; from then on its key is never
+needed again.  (Wallets pay without any of this: `pay`.)
 
 The seed stays with the settler, offline where possible: whoever has it can take what lies unswept on
 the pool's addresses, never the escrow.  Key `index` is SLIP-0010 (Ed25519, all hardened) at
@@ -15,10 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import quote, urlencode
 
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
@@ -27,7 +23,6 @@ from chain.networks import SOLANA
 from chain.solana import programs
 from chain.solana.rpc import SolanaRpc
 from chain.solana.sending import send_and_confirm
-from chain.units import MICRO_PER_USDC, Micro
 
 HARDENED: Final = 2**31
 SEED_BYTES: Final = (32, 64)
@@ -91,32 +86,3 @@ async def prepare_pool_address(
     )
     await send_and_confirm(rpc, [make, allow], [gas_key, owner])
     return address
-
-
-def new_reference() -> str:
-    """Make a reference key for one Solana Pay intent: 32 random bytes in base58, nobody's key."""
-    return str(Pubkey(secrets.token_bytes(32)))
-
-
-def solana_pay_url(
-    recipient_owner: str,
-    *,
-    reference: str,
-    label: str,
-    amount: Micro | None = None,
-    mint: str = SOLANA.usdc_mint,
-) -> str:
-    """Write a Solana Pay transfer request (the solana: URL of the Solana Pay specification 1.0).
-
-    `recipient_owner` is the *wallet* (the escrow's multisig), never its token account: the paying
-    wallet derives the token account itself.
-    """
-    fields = {} if amount is None else {"amount": _decimal(amount)}
-    fields |= {"spl-token": mint, "reference": reference, "label": label}
-    return f"solana:{recipient_owner}?{urlencode(fields, quote_via=quote)}"
-
-
-def _decimal(amount: Micro) -> str:
-    """Decimal USDC without a trailing zero or point."""
-    whole, part = divmod(amount.n, MICRO_PER_USDC)
-    return f"{whole}.{part:06d}".rstrip("0").rstrip(".")

@@ -18,7 +18,7 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.evm.forwarders import Forwarders
-from chain.solana.deposits import new_reference, solana_pay_url
+from chain.solana.pay import new_reference, solana_pay_url
 from chain.units import Micro
 from marketplace.deposits.directory import Family, lock_directory
 from marketplace.deposits.errors import TooManyIntents

@@ -21,7 +21,7 @@ from chain.localnet.solana import SolanaDeployment, deploy, fund
 from chain.localnet.solana_vm.server import serving
 from chain.localnet.solana_wallet import SolanaWallet
 from chain.ports import PayoutLine, TransferSeen
-from chain.solana import deposits, escrow, programs, sending, sweeps
+from chain.solana import deposits, escrow, pay, programs, sending, sweeps
 from chain.solana.payouts import LineReverted, MultisigRail
 from chain.solana.reader import SolanaReader
 from chain.solana.rpc import SolanaRpc
@@ -115,10 +115,10 @@ def a_line(amount: int, to: str | None = None, name: str = "p") -> PayoutLine:
 
 
 async def test_a_solana_pay_deposit_carries_its_reference(world: World) -> None:
-    reference, other = deposits.new_reference(), deposits.new_reference()
+    reference, other = pay.new_reference(), pay.new_reference()
     watch = Watch({world.deployment.escrow}, {reference, other})
     buyer = await world.buyer(9_000_000)
-    link = deposits.solana_pay_url(
+    link = pay.solana_pay_url(
         world.deployment.multisig, reference=reference, label="Tollway", amount=Micro(7_000_000)
     )
     tx = await buyer.pay_link(link)

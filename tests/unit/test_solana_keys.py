@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
-from chain.solana import base58, deposits, keystore, signatures
+from chain.solana import base58, deposits, keystore, pay, signatures
 from chain.units import Micro
 
 SEED = bytes(range(64))
@@ -34,11 +34,9 @@ def test_pool_keys_refuse_short_seeds_and_foreign_indices() -> None:
 
 
 def test_a_solana_pay_link_names_wallet_amount_mint_and_reference() -> None:
-    reference = deposits.new_reference()
+    reference = pay.new_reference()
     wallet = str(Keypair().pubkey())
-    url = deposits.solana_pay_url(
-        wallet, reference=reference, label="Tollway & Söhne", amount=Micro(12_500_000)
-    )
+    url = pay.solana_pay_url(wallet, reference=reference, label="Tollway & Söhne", amount=Micro(12_500_000))
     parts = urlsplit(url)
     assert (parts.scheme, parts.path) == ("solana", wallet)
     assert "+" not in parts.query
@@ -48,19 +46,19 @@ def test_a_solana_pay_link_names_wallet_amount_mint_and_reference() -> None:
         "reference": [reference],
         "label": ["Tollway & Söhne"],
     }
-    assert "amount" not in deposits.solana_pay_url(wallet, reference=reference, label="x")
+    assert "amount" not in pay.solana_pay_url(wallet, reference=reference, label="x")
 
 
 @given(st.integers(1, 10**15))
 def test_a_link_s_amount_is_exact(micro: int) -> None:
-    url = deposits.solana_pay_url("w", reference="r", label="l", amount=Micro(micro))
+    url = pay.solana_pay_url("w", reference="r", label="l", amount=Micro(micro))
     text = parse_qs(urlsplit(url).query)["amount"][0]
     whole, _, part = text.partition(".")
     assert int(whole) * 10**6 + int(part.ljust(6, "0") or "0") == micro
 
 
 def test_references_are_fresh_public_keys() -> None:
-    made = {deposits.new_reference() for _ in range(100)}
+    made = {pay.new_reference() for _ in range(100)}
     assert len(made) == 100
     assert all(len(bytes(Pubkey.from_string(r))) == 32 for r in made)
 
