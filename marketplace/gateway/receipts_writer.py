@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple, TypeVar
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -54,9 +54,11 @@ class Hashes:
     counted_on: CountedOn
 
 
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """A node's count and ours too far apart; None where it told none that made sense."""
+class Drift(NamedTuple):
+    """A node's count and ours too far apart; None where it told none that made sense.
+
+    A row of its table, column by column.
+    """
 
     id: UUID
     node: UUID
@@ -67,9 +69,11 @@ class Drift:
     completion_reported: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A node that was sent a request, and so has seen its prompt, and did not answer it to the end."""
+class Attempt(NamedTuple):
+    """A node that was sent a request, and so has seen its prompt, and did not answer it to the end.
+
+    A row of its table, column by column.
+    """
 
     id: UUID
     attempt: int
@@ -77,6 +81,9 @@ class Attempt:
     node: UUID
     model: str
     reason: str
+
+
+_Row = TypeVar("_Row", Drift, Attempt)
 
 
 class ReceiptWriter:
@@ -141,8 +148,8 @@ class ReceiptWriter:
                 await asyncio.sleep(WINDOW_S)
             self._last_rows = len(self._hashes)
             await self._write_hashes()
-            await self._write_drifts()
-            await self._write_attempts()
+            await self._write_some(_DRIFTS, self._drifts)
+            await self._write_some(_ATTEMPTS, self._attempts)
 
     async def _write_hashes(self) -> None:
         part = [self._hashes.popleft() for _ in range(min(len(self._hashes), ROWS_MAX))]
@@ -163,31 +170,10 @@ class ReceiptWriter:
                 if not written.done():
                     written.set_result(is_written)
 
-    async def _write_drifts(self) -> None:
-        rows = [self._drifts.popleft() for _ in range(min(len(self._drifts), ROWS_MAX))]
+    async def _write_some(self, statement: str, waiting: deque[_Row]) -> None:
+        rows = [waiting.popleft() for _ in range(min(len(waiting), ROWS_MAX))]
         if rows:
-            await self._insert(
-                _DRIFTS,
-                [row.id for row in rows],
-                [row.node for row in rows],
-                [row.model for row in rows],
-                [row.prompt_counted for row in rows],
-                [row.prompt_reported for row in rows],
-                [row.completion_counted for row in rows],
-                [row.completion_reported for row in rows],
-            )
-
-    async def _write_attempts(self) -> None:
-        rows = [self._attempts.popleft() for _ in range(min(len(self._attempts), ROWS_MAX))]
-        if rows:
-            await self._insert(
-                _ATTEMPTS,
-                [row.id for row in rows],
-                [row.attempt for row in rows],
-                [row.node for row in rows],
-                [row.model for row in rows],
-                [row.reason for row in rows],
-            )
+            await self._insert(statement, *map(list, zip(*rows, strict=True)))
 
     async def _insert(self, statement: str, *columns: Sequence[object]) -> bool:
         """Write rows; False when patience ran out."""

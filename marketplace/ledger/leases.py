@@ -126,33 +126,12 @@ async def lease(
     ttl_ms: int = LEASE_TTL_MS,
     new_id: NewId = uuid7,
 ) -> UUID:
-    """Lease exactly `amount` or raise `InsufficientFunds`; gives back the lease's id."""
-    granted = await lease_up_to(
-        conn, buyer, worker, minimum=amount, wanted=amount, cap=ZERO, ttl_ms=ttl_ms, new_id=new_id
-    )
-    return granted.lease_id
-
-
-async def lease_up_to(
-    conn: AsyncConnection,
-    buyer: int,
-    worker: str,
-    *,
-    minimum: Nano,
-    wanted: Nano,
-    cap: Nano = SLICE_MAX,
-    ttl_ms: int = LEASE_TTL_MS,
-    new_id: NewId = uuid7,
-) -> Granted:
-    """Lease the larger of `wanted` and the usual slice, or what is left if that is at least `minimum`.
-
-    Raises `InsufficientFunds` (with what is left) or `UnknownAccount`.
-    """
-    ask = Ask(buyer, minimum, wanted)
-    (answer,) = await lease_all(conn, worker, [ask], cap=cap, ttl_ms=ttl_ms, new_id=new_id)
+    """Lease exactly `amount`; gives the lease's id.  Raises `InsufficientFunds` or `UnknownAccount`."""
+    ask = Ask(buyer, minimum=amount, wanted=amount)
+    (answer,) = await lease_all(conn, worker, [ask], cap=ZERO, ttl_ms=ttl_ms, new_id=new_id)
     if not isinstance(answer, Granted):
         raise answer
-    return answer
+    return answer.lease_id
 
 
 async def lease_all(
@@ -164,8 +143,9 @@ async def lease_all(
     ttl_ms: int = LEASE_TTL_MS,
     new_id: NewId = uuid7,
 ) -> list[Granted | InsufficientFunds | UnknownAccount]:
-    """`lease_up_to` for several buyers in one round trip, each with his own answer.
+    """Lease each buyer the larger of `wanted` and the usual slice, or what is left if it reaches `minimum`.
 
+    One round trip, and each his own answer: `InsufficientFunds` says what is left.
     A buyer asks once (else ValueError): the second ask could not see what the first has taken.
     """
     if len({ask.buyer for ask in asks}) < len(asks):
@@ -183,7 +163,7 @@ async def extend(
     cap: Nano = SLICE_MAX,
     ttl_ms: int = LEASE_TTL_MS,
 ) -> Granted | None:
-    """Add to a lease and renew it, by the rule of `lease_up_to`; None if the lease was reaped."""
+    """Add to a lease and renew it, by the rule of `lease_all`; None if the lease was reaped."""
     exists = await conn.execute(
         text("SELECT 1 FROM leases WHERE id = :id FOR NO KEY UPDATE"), {"id": lease_id}
     )

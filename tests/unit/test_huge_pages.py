@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,16 @@ def _huge_kib(address: int) -> int:
 
 
 @pytest.fixture
-def memory() -> mmap.mmap:
-    """Enough for four huge pages wherever it begins, and none of them so far."""
+def memory() -> Iterator[mmap.mmap]:
+    """Enough for four huge pages wherever it begins, and none of them so far.
+
+    Not to be dumped, and so never one mapping with its neighbours, which `_huge_kib` would count too.
+    """
     if huge_pages._SETTING.is_file() and "[always]" in huge_pages._SETTING.read_text():
         pytest.skip("this machine gives huge pages unasked")
-    return mmap.mmap(-1, 5 * HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with mmap.mmap(-1, 5 * HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as region:
+        region.madvise(mmap.MADV_DONTDUMP)
+        yield region
 
 
 def _fill(memory: mmap.mmap, *, every: int) -> int:
