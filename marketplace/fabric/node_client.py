@@ -75,7 +75,7 @@ HELD_BYTES_MAX: Final = 512 * 1024 * 1024
 DEADLINE_GRACE_MS: Final = 2_000
 """How long after its own deadline a node may still take to say so."""
 STREAMS_PER_GAP_MS: Final = 10
-"""So far apart, the frames of all streams are at most 10,000 a second, however fast their engines are: a
+"""So far apart, the frames of up to 500 streams are at most 10,000 a second, however fast their engines: a
 seventh of the core that gateway and NATS server share (14 µs each, ADR 0042)."""
 FRAME_GAP_MS_LEAST: Final = 5
 """Engines seldom write a stream's tokens closer than this: a shorter gap would gather nothing."""
