@@ -325,6 +325,19 @@ async def test_a_node_that_refuses_is_replaced_before_the_first_byte(gateway: Ru
     assert all(row["cost_nano"] == _priced(4) for row in await gateway.usage())
 
 
+async def test_a_busy_gateway_asks_for_streams_frames_further_apart(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await gateway.add_node(saying(["ok"]))
+    await gateway.chat(STREAM)
+    monkeypatch.setattr(gateway.process.fabric.nodes, "_streams", 250)  # as if so many were under way
+    await gateway.chat(STREAM)
+    await gateway.chat(HELLO)
+    assert [(request.stream, request.frame_gap_ms) for request in node.requests] == [
+        (True, 0), (True, 25), (False, 0),
+    ]  # fmt: skip
+
+
 async def test_who_does_not_stream_gets_a_whole_answer_from_another_node(gateway: RunningGateway) -> None:
     async def die_half_way(node: StubNode, request: protocol.Request, reply: str) -> None:
         await node.send(reply, Accepted(0))
