@@ -12,6 +12,9 @@ request.  Who asks for a lease while the database grants others is answered toge
 meanwhile, so a thousand buyers who come at once cost a few transactions.  In the background: a slice below
 half is refilled, slices in use are renewed every third of their time to live, idle ones and excess are
 returned, expired ones of dead processes are reaped.
+
+A commit that was sent and not answered leaves a lease in doubt: the book then counts the lesser of the two
+outcomes, until the lease was read again, by the next request that needs it or the next upkeep.
 """
 
 from __future__ import annotations
@@ -86,6 +89,7 @@ class LeaseKeeper:
         self._slice_max = slice_max
         self._overdraft = overdraft
         self._overdrawn: dict[UUID, Slice] = {}
+        self._in_doubt: set[Slice] = set()
         self._returning: set[asyncio.Task[None]] = set()
         self._book = LeaseBook(clock_ns)
         self._locks: dict[int, asyncio.Lock] = {}
@@ -188,15 +192,14 @@ class LeaseKeeper:
                 raise
         else:
             return self._book.authorise(buyer, amount.n)
-        part = self._book.slice_of(buyer)
-        free = 0 if part is None else part.free_nano
-        if part is not None:
-            part.free_nano = 0  # nobody else may use it while it is being returned
+        part = self._book.slice_of(buyer) or Slice(_NO_LEASE, buyer, 0)
+        free, part.free_nano = part.free_nano, 0  # nobody else may use it while it is being returned
         asked_at_ns = self._clock_ns()
         more_than_left = max(least, Nano(left.n + 1))
         try:
             async with self._engine.begin() as conn:
-                if part is not None:
+                if free:
+                    await overdrafts.take_turn(conn)  # before the lease, as who has none takes it first
                     await leases.shrink(conn, part.lease_id, Nano(free))
                 granted = await overdrafts.lend(
                     conn,
@@ -208,10 +211,12 @@ class LeaseKeeper:
                     ttl_ms=self._ttl_ms,
                     new_id=self._new_id,
                 )
+                self._in_doubt.add(part)  # until the commit is answered; without answer, what was lent lapses
         except InsufficientFunds:
-            if part is not None:
-                part.free_nano += free  # rolled back.  After a fault it may not have been: then it lapses
             return None
+        finally:
+            self._restore(part, free)
+        self._in_doubt.discard(part)
         own = Slice(granted.lease_id, buyer, 0, granted.amount.n, 0, self._usable_until(asked_at_ns))
         self._overdrawn[own.lease_id] = own
         return Hold(own, granted.amount.n)
@@ -298,15 +303,28 @@ class LeaseKeeper:
             _tell(asking, None if isinstance(answer, Granted) else answer)
 
     async def _revive(self, part: Slice) -> bool:
-        """Make sure that the slice is live; False if its lease was reaped."""
+        """Make sure that the slice is live and not in doubt; False if its lease was reaped."""
         asked_at_ns = self._clock_ns()
-        if asked_at_ns < part.usable_until_ns:
+        if asked_at_ns < part.usable_until_ns and part not in self._in_doubt:
             return True
         async with self._engine.begin() as conn:
             alive = await leases.renew(conn, self._worker, {part.lease_id}, ttl_ms=self._ttl_ms)
+            if (
+                part in self._in_doubt
+                and (amount := await leases.read_amount(conn, part.lease_id)) is not None
+            ):
+                # Only while the lease is locked: no charge takes from it now.  One that was posted and is not
+                # settled here is in `reserved` still, so this may be too little by its cost, never too much.
+                part.free_nano = max(part.free_nano, amount.n - part.reserved_nano)
+                self._in_doubt.discard(part)
         self._book.renewed(alive, usable_until_ns=self._usable_until(asked_at_ns))
         self._book.drop({part.lease_id} - alive)
         return bool(alive)
+
+    def _restore(self, part: Slice, free_nano: int) -> None:
+        """What was to leave the lease did not, as no commit was sent.  One in doubt is read: `_revive`."""
+        if part not in self._in_doubt:
+            part.free_nano += free_nano
 
     async def _enlarge(self, part: Slice, amount: Nano, least: Nano) -> None:
         missing, asked_at_ns = amount.n - part.free_nano, self._clock_ns()
@@ -323,7 +341,7 @@ class LeaseKeeper:
 
     async def _extend(self, part: Slice, minimum: Nano, wanted: Nano) -> Granted | None:
         async with self._engine.begin() as conn:
-            return await leases.extend(
+            granted = await leases.extend(
                 conn,
                 part.lease_id,
                 part.buyer,
@@ -332,6 +350,9 @@ class LeaseKeeper:
                 cap=self._slice_max,
                 ttl_ms=self._ttl_ms,
             )
+            self._in_doubt.add(part)  # until the commit is answered
+        self._in_doubt.discard(part)
+        return granted
 
     def _grow(self, part: Slice, granted: Granted, asked_at_ns: int) -> None:
         until = self._usable_until(asked_at_ns)
@@ -357,6 +378,8 @@ class LeaseKeeper:
         try:
             async with self._lock(part.buyer):
                 if self._book.slice_of(part.buyer) is not part or not self._book.needs_refill(part):
+                    return
+                if part in self._in_doubt and not await self._revive(part):
                     return
                 asked_at_ns = self._clock_ns()
                 granted = await self._extend(part, Nano(1), ZERO)
@@ -386,7 +409,7 @@ class LeaseKeeper:
             await self._return_excess(part)
         await self._renew_all()
         await self._reap()
-        self._forget_locks()
+        self._forget()
 
     async def _renew_all(self) -> None:
         asked, asked_at_ns = {part.lease_id for part in self._book} | self._overdrawn.keys(), self._clock_ns()
@@ -423,18 +446,26 @@ class LeaseKeeper:
 
     async def _return_excess(self, part: Slice) -> None:
         async with self._lock(part.buyer):
+            if part in self._in_doubt and not await self._revive(part):
+                return
             excess = self._book.take_excess(part)
             if not excess:
                 return
-            async with self._engine.begin() as conn:  # if this fails, the excess waits in the lease
-                await leases.shrink(conn, part.lease_id, Nano(excess))
+            try:
+                async with self._engine.begin() as conn:
+                    await leases.shrink(conn, part.lease_id, Nano(excess))
+                    self._in_doubt.add(part)  # until the commit is answered
+            finally:
+                self._restore(part, excess)
+            self._in_doubt.discard(part)
 
-    def _forget_locks(self) -> None:
+    def _forget(self) -> None:
         self._locks = {
             buyer: lock
             for buyer, lock in self._locks.items()
             if lock.locked() or self._book.slice_of(buyer) is not None
         }
+        self._in_doubt.intersection_update(self._book)
 
 
 def _tell(asking: _Asking, error: LedgerError | None, *, because: BaseException | None = None) -> None:

@@ -183,6 +183,16 @@ async def renew(
     return {row.id for row in await conn.execute(_RENEW, values)}
 
 
+async def read_amount(conn: AsyncConnection, lease_id: UUID) -> Nano | None:
+    """What a lease holds, and will until the caller's transaction ends; None if it was reaped.
+
+    Waits for a transaction that has changed it: afterwards it is known which way that one went.
+    """
+    statement = text("SELECT amount FROM leases WHERE id = :id FOR NO KEY UPDATE")
+    amount = await conn.scalar(statement, {"id": lease_id})
+    return None if amount is None else Nano(amount)
+
+
 async def shrink(conn: AsyncConnection, lease_id: UUID, amount: Nano) -> bool:
     """Return part of a lease to the buyer's available balance; False if it was reaped."""
     statement = text("UPDATE leases SET amount = amount - :amount WHERE id = :id RETURNING buyer")

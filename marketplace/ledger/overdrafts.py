@@ -72,6 +72,15 @@ _LEND: Final = text(
 )
 
 
+async def take_turn(conn: AsyncConnection) -> None:
+    """Wait until nobody else grants, and keep the turn for this transaction; harmless if it has it already.
+
+    Before any row is locked: who waits for a turn with a lease or balance locked and who has the turn and
+    waits for that row would wait for each other.
+    """
+    await conn.execute(_TURN)
+
+
 async def lend(
     conn: AsyncConnection,
     buyer: int,
@@ -86,9 +95,9 @@ async def lend(
     """Lease `wanted` for one request, or as much as the terms allow if that is at least `minimum`.
 
     Raises `InsufficientFunds` when the buyer's available amount is not above zero, or the terms are
-    exhausted; `UnknownAccount`.
+    exhausted; `UnknownAccount`.  A transaction that has locked rows before has taken its turn before them.
     """
-    await conn.execute(_TURN)
+    await take_turn(conn)
     await conn.execute(_RECOVERED)
     drawn = int(await conn.scalar(_DRAWN) or 0)
     available = (await lock_balances(conn, [buyer]))[buyer].available.n
@@ -113,7 +122,7 @@ async def set_limit(conn: AsyncConnection, buyer: int, limit: Nano) -> None:
     """
     if limit.n < 0:
         raise ValueError("a limit is never negative")
-    await conn.execute(_TURN)
+    await take_turn(conn)
     await lock_balances(conn, [buyer])  # UnknownAccount
     statement = text(
         """INSERT INTO overdrafts (account_id, limit_nano) VALUES (:buyer, :limit)

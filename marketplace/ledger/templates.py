@@ -358,14 +358,14 @@ def early_credit(*, person: str, amount: Nano, ref: str) -> Transfer:
     return Transfer(TransferKind.EARLY_CREDIT, accounts.EARLY_CREDIT, accounts.buyer(person), amount, ref)
 
 
-def early_credit_repaid(*, person: str, amount: Nano, ref: str, is_called_in: bool = False) -> Transfer:
+def early_credit_repaid(*, person: str, amount: Nano, ref: str) -> Transfer:
     """End the loan; `ref` = the deposit's own.  Post it right after the deposit, in one transaction.
 
-    `is_called_in`: the deposit never became final, and the loan ends although the money may be spent.
+    Whatever was spent meanwhile: a deposit that is final must be booked, one that never came is no money.
 
     >>> t = early_credit_repaid(person="ann", amount=Nano(1_000), ref="ethereum:0xabc:3")
     >>> str(t.debit), str(t.credit), t.lifts_floor
-    ('buyer:ann', 'early_credit', False)
+    ('buyer:ann', 'early_credit', True)
     """
     return Transfer(
         TransferKind.EARLY_CREDIT_REPAID,
@@ -373,7 +373,7 @@ def early_credit_repaid(*, person: str, amount: Nano, ref: str, is_called_in: bo
         accounts.EARLY_CREDIT,
         amount,
         ref,
-        lifts_floor=is_called_in,
+        lifts_floor=True,
     )
 
 

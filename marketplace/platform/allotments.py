@@ -96,6 +96,8 @@ class _Part:
     mark: int
     left: int
     until: float
+    given_up: int = 0
+    """Of what is held at once: no longer used here, and counted as ours until the database answers."""
 
 
 @dataclass(slots=True)
@@ -318,10 +320,16 @@ class Allotments:
         if not counter.is_held:
             return _Asked(counter, max(waiting, spare), least, 0, 0, waiters)
         # What is held moves into the new part in the same statement, so nobody can take it in between.
-        given = [(part.mark, part.left) for part in counter.parts]
-        mark = given[0][0] if given else 0
-        units = counter.held + given[0][1] if given else 0
-        return _Asked(counter, counter.held + max(waiting, spare), counter.held, mark, units, waiters)
+        wanted, mark, units = max(waiting, spare), 0, 0
+        if counter.parts:
+            part = counter.parts[0]
+            # Until the answer no more is used than is asked for, less what those who wait are to get.  Not
+            # undone by a fault, after which the database may have taken it back: the next ask gives it back.
+            kept = min(part.left, wanted - waiting)
+            part.given_up += part.left - kept
+            part.left = kept
+            mark, units = part.mark, counter.held + part.left + part.given_up
+        return _Asked(counter, counter.held + wanted, counter.held, mark, units, waiters)
 
     def _granted(
         self, ask: _Asked, granted: int, remaining: int, mark: int, reset_ms: int, began: float

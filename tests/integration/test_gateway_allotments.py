@@ -109,8 +109,9 @@ async def test_who_was_here_lately_does_not_wait_for_the_database(
         assert one.take_now("ann", ceiling) is not None
         assert one.take_now("ann", scarce) is None  # one of seven may be what another process needs
         await asyncio.sleep(5 * PART_MS / 1000)
-        assert one.take_now("ann", ceiling) is None
+        # Looked at before he asks again: from then on the next unit is kept at hand once more.
         assert await _units(engine, "ann") == 3  # what was only kept at hand has gone back
+        assert one.take_now("ann", ceiling) is None
 
 
 async def test_a_window_frees_what_left_it_and_not_before(engine: AsyncEngine) -> None:
@@ -165,6 +166,104 @@ async def test_what_is_held_is_limited_over_processes_and_comes_back(
         assert isinstance(await other.take("ann", ceiling), Refused)
         await asyncio.sleep(1.6)
         assert isinstance(await other.take("ann", ceiling), Grant)
+
+
+PARALLEL = Ceiling("parallel", 64, 0)
+
+
+async def _one_held_of_many(one: Allotments) -> Grant:
+    """He held many at once just now, and what he does not hold any more is still at hand."""
+    grants = [await one.take("ann", PARALLEL) for _ in range(40)]
+    assert all(isinstance(grant, Grant) for grant in grants)
+    for grant in grants[1:]:
+        one.give_back(grant, 1)
+    assert sum(part.left for part in _held(one).parts) >= 39
+    return grants[0]
+
+
+def _held(one: Allotments) -> allotments._Counter:
+    return one._counters["ann", "parallel"]
+
+
+async def _renewed(one: Allotments) -> None:
+    async with asyncio.timeout(10):
+        while _held(one).is_asked:
+            await asyncio.sleep(0.005)
+
+
+async def _all_there_are(one: Allotments) -> int:
+    count = 0
+    while isinstance(await one.take("ann", PARALLEL), Grant):
+        count += 1
+    return count
+
+
+async def test_who_takes_while_what_is_held_is_renewed_takes_no_more_than_is_asked_for(
+    engine: AsyncEngine,
+) -> None:
+    async with processes(engine, 2) as (one, other), engine.connect() as delaying:
+        await _one_held_of_many(one)
+        await delaying.execute(text("SELECT 1 FROM allotments WHERE subject = 'ann' FOR UPDATE"))
+        one._want(_held(one))
+        await asyncio.sleep(0.1)  # it is being asked for, and the answer waits for `delaying`
+        while one.take_now("ann", PARALLEL) is not None:
+            pass
+        await delaying.rollback()
+        await _renewed(one)
+        taken = await _all_there_are(other)
+        assert _held(one).held + taken == PARALLEL.units
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["not done", "done"])
+async def test_a_renewal_without_an_answer_uses_nothing_twice_and_loses_nothing(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, is_done: bool
+) -> None:
+    monkeypatch.setattr("marketplace.platform.allotments.LONG_PART_MS", 1_500)
+    async with processes(engine, 2) as (one, other):
+        await _one_held_of_many(one)
+        fetch = one._session.fetch
+
+        async def broken(statement: str, *values: object) -> object:
+            monkeypatch.setattr(one._session, "fetch", fetch)
+            if is_done:
+                await fetch(statement, *values)
+            raise OSError("broken by the test")
+
+        monkeypatch.setattr(one._session, "fetch", broken)
+        one._want(_held(one))
+        await _renewed(one)
+        while one.take_now("ann", PARALLEL) is not None:
+            pass
+        assert _held(one).held + await _all_there_are(other) <= PARALLEL.units
+        if is_done:  # what that asked for is counted until its time has passed
+            await asyncio.sleep(2.5)
+        else:
+            one._want(_held(one))
+            await _renewed(one)
+            await asyncio.sleep(allotments.KEEP_S)  # who was refused asks the database again after this
+        await _all_there_are(other)
+        await _all_there_are(one)
+        assert _held(one).held + _held(other).held == PARALLEL.units
+
+
+async def test_who_waits_for_one_to_be_held_loses_it_to_nobody_who_comes_later(engine: AsyncEngine) -> None:
+    ceiling = Ceiling("parallel", allotments.PARTS, 0)
+    async with processes(engine, 1) as (one,), engine.connect() as delaying:
+        held = [await one.take("ann", ceiling) for _ in range(3)]
+        while (more := one.take_now("ann", ceiling)) is not None:
+            held.append(more)
+        await delaying.execute(text("SELECT 1 FROM allotments WHERE subject = 'ann' FOR UPDATE"))
+        first = asyncio.create_task(one.take("ann", ceiling))
+        await asyncio.sleep(0)
+        assert isinstance(held[0], Grant)
+        one.give_back(held[0], 1)  # before it is asked for
+        await asyncio.sleep(0.1)
+        assert one.take_now("ann", ceiling) is None
+        second = asyncio.create_task(one.take("ann", ceiling))
+        await asyncio.sleep(0)
+        await delaying.rollback()
+        assert isinstance(await first, Grant)
+        assert isinstance(await second, Grant)
 
 
 async def test_a_lowered_ceiling_holds_at_once(engine: AsyncEngine) -> None:

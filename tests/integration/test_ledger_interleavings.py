@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -19,6 +20,7 @@ from marketplace.ledger.charges import Charge
 from marketplace.ledger.errors import InsufficientFunds, ReversalRefused
 from marketplace.ledger.ids import uuid7
 from marketplace.ledger.lease_book import Hold, Slice
+from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.money import ZERO, Nano
 from marketplace.ledger.overdrafts import Overdraft
 from marketplace.ledger.poster import Poster
@@ -227,3 +229,44 @@ async def test_a_batch_waits_for_who_moves_its_lease_or_balance_and_takes_the_sa
     posted, held = await state(book)
     assert posted == left + (HALF.n if first is deposit and commits else 0)
     assert 0 <= held <= posted
+
+
+async def test_who_returns_a_slice_to_lend_and_who_lends_without_one_never_wait_for_each_other(
+    book, monkeypatch
+):
+    """Turn, lease, balance: with the turn after the others, PostgreSQL would end one of the two."""
+    owner = LeaseKeeper(book.engine, worker="owner", overdraft=Overdraft())
+    other = LeaseKeeper(book.engine, worker="other", overdraft=Overdraft())
+    owner.release(await owner.authorise(book.buyer, Nano(200_000)))
+    is_about_to_lend, has_shrunk = asyncio.Event(), asyncio.Event()
+    shrink, lend = leases.shrink, overdrafts.lend
+
+    async def shrink_and_wait(conn: AsyncConnection, lease_id: UUID, amount: Nano) -> bool:
+        is_shrunk = await shrink(conn, lease_id, amount)
+        has_shrunk.set()
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE :pid = ANY(pg_blocking_pids(pid))"
+        pid = await pid_of(conn)
+        async with asyncio.timeout(20), book.engine.connect() as watcher:
+            while not await watcher.scalar(text(waiting), {"pid": pid}):
+                await watcher.rollback()
+                await asyncio.sleep(0.01)
+        return is_shrunk
+
+    async def lend_after(conn: AsyncConnection, buyer: int, worker: str, **terms: Any) -> leases.Granted:
+        if worker == "other":
+            is_about_to_lend.set()
+            await has_shrunk.wait()
+        return await lend(conn, buyer, worker, **terms)
+
+    monkeypatch.setattr(leases, "shrink", shrink_and_wait)
+    monkeypatch.setattr(overdrafts, "lend", lend_after)
+    last = asyncio.create_task(other.authorise(book.buyer, Nano(2 * ALL.n), minimum=Nano(1)))
+    async with asyncio.timeout(30):
+        await is_about_to_lend.wait()
+        asked = [owner.authorise(book.buyer, Nano(2 * ALL.n), minimum=Nano(1)), last]
+        first, second = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(first, Hold), first
+    assert isinstance(second, InsufficientFunds), second
+    owner.release(first)
+    await owner.close()
+    await state(book)

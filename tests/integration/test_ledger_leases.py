@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from types import ModuleType
 from uuid import uuid4
 
 import pytest
+from asyncpg.transaction import Transaction
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from marketplace.ledger import accounts, leases, templates
+from marketplace.ledger import accounts, leases, overdrafts, templates
 from marketplace.ledger.accounts import Balance, ensure_account, read_balance
 from marketplace.ledger.charges import Charge
 from marketplace.ledger.errors import InsufficientFunds, LedgerUnavailable, UnknownAccount
@@ -15,6 +19,7 @@ from marketplace.ledger.ids import uuid7
 from marketplace.ledger.lease_book import Hold
 from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.money import Nano, split
+from marketplace.ledger.overdrafts import Overdraft
 from marketplace.ledger.poster import Poster
 from marketplace.ledger.posting import post_transfer
 from marketplace.ledger.reconcile import prove
@@ -389,4 +394,143 @@ async def test_giving_several_back_at_once_skips_what_was_reaped(ledger_engine):
         assert await leases.give_back_all(conn, ids) == {ids[1]: Nano(7), ids[2]: Nano(7)}
         assert await leases.give_back_all(conn, ids) == {}
     assert await held_in_all(ledger_engine) == (0, 0)
+    assert await everything_holds(ledger_engine)
+
+
+# ---- the connection breaks around a commit
+
+
+class Breaking:
+    """Breaks the connection once, around the commit that follows a function of the ledger's.
+
+    `before` it is sent, while it is (`lost`: the server rolls back), or after it was done (`unanswered`).
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, phase: str) -> None:
+        self.has_happened = asyncio.Event()
+        self._phase, self._is_next = phase, False
+        self._real, self._commit = getattr(module, name), Transaction._Transaction__commit
+        monkeypatch.setattr(module, name, self._call)
+        end = lambda transaction: self._end(transaction)  # noqa: E731, PLW0108 - a method would not be bound
+        monkeypatch.setattr(Transaction, "_Transaction__commit", end)
+
+    async def _call(self, *arguments, **options):
+        outcome = await self._real(*arguments, **options)
+        self._is_next = not self.has_happened.is_set()
+        if self._is_next and self._phase == "before":
+            self._break()
+        return outcome
+
+    async def _end(self, transaction: Transaction) -> None:
+        if not self._is_next or self._phase == "unanswered":
+            await self._commit(transaction)
+        if self._is_next:
+            transaction._connection.terminate()
+            self._break()
+
+    def _break(self) -> None:
+        self._is_next = False
+        self.has_happened.set()
+        raise ConnectionResetError("broken by the test")
+
+
+async def free_but_for(keeper: LeaseKeeper, buyer: int, amount: int) -> Hold:
+    """A hold that goes on, so that the slice stays, in a slice with much that is free."""
+    hold = await keeper.authorise(buyer, Nano(amount))
+    large = await keeper.authorise(buyer, Nano(900_000_000))
+    await asyncio.gather(*keeper._refilling.values())
+    keeper.release(large)
+    return hold
+
+
+async def lend_last(keeper: LeaseKeeper, buyer: int) -> None:
+    await keeper.authorise(buyer, Nano(2 * DOLLAR), minimum=Nano(1))
+
+
+async def enlarge(keeper: LeaseKeeper, buyer: int) -> None:
+    await keeper.authorise(buyer, Nano(950_000_000))
+
+
+async def refill(keeper: LeaseKeeper, buyer: int) -> None:
+    await keeper.authorise(buyer, Nano(keeper.book.free(buyer)))
+
+
+async def return_excess(keeper: LeaseKeeper, buyer: int) -> None:
+    await keeper.tend()
+
+
+async def in_lease_and_book(engine: AsyncEngine, keeper: LeaseKeeper, buyer: int) -> tuple[int, int]:
+    part = keeper.book.slice_of(buyer)
+    assert part is not None
+    async with engine.connect() as conn:
+        amount = await conn.scalar(text("SELECT amount FROM leases WHERE id = :id"), {"id": part.lease_id})
+    return int(amount or 0), part.free_nano + part.reserved_nano
+
+
+@pytest.mark.parametrize("phase", ["before", "lost", "unanswered"])
+@pytest.mark.parametrize(
+    ("act", "module", "name"),
+    [
+        (lend_last, overdrafts, "lend"),
+        (enlarge, leases, "extend"),
+        (refill, leases, "extend"),
+        (return_excess, leases, "shrink"),
+    ],
+)
+async def test_a_connection_that_breaks_around_a_commit_loses_no_free_money_and_doubles_none(
+    ledger_engine, ann, monkeypatch, act, module, name, phase
+):
+    keeper = a_keeper(ledger_engine, overdraft=Overdraft())
+    await free_but_for(keeper, ann, 1_000)
+    breaking = Breaking(monkeypatch, module, name, phase)
+    with contextlib.suppress(LedgerUnavailable, SQLAlchemyError, OSError):
+        await act(keeper, ann)
+    async with asyncio.timeout(5):
+        await breaking.has_happened.wait()
+    leased, booked = await in_lease_and_book(ledger_engine, keeper, ann)
+    assert booked <= leased, "more than the lease covers"
+    await keeper.tend()
+    leased, booked = await in_lease_and_book(ledger_engine, keeper, ann)
+    assert booked == leased, "money that nobody can use"
+    await keeper.close()
+    assert await everything_holds(ledger_engine)
+
+
+async def test_what_an_overdraft_that_failed_was_to_return_serves_the_next_request(
+    ledger_engine, ann, monkeypatch
+):
+    keeper = a_keeper(ledger_engine, overdraft=Overdraft())
+    await free_but_for(keeper, ann, 1_000)
+    for phase in ("before", "lost"):
+        Breaking(monkeypatch, overdrafts, "lend", phase)
+        with pytest.raises(LedgerUnavailable):
+            await lend_last(keeper, ann)
+        monkeypatch.undo()
+        again = await keeper.authorise(ann, Nano(900_000_000))
+        assert again.amount_nano == 900_000_000
+        keeper.release(again)
+    await keeper.close()
+
+
+async def test_a_lease_read_again_counts_no_charge_twice(ledger_engine, ann, monkeypatch):
+    """One that is posted and not yet settled here has left the lease already, and is reserved still."""
+    async with ledger_engine.begin() as conn:
+        operator = await ensure_account(conn, accounts.operator_earnings("olga"))
+    keeper = a_keeper(ledger_engine, overdraft=Overdraft())
+    hold = await free_but_for(keeper, ann, 100_000)
+    Breaking(monkeypatch, overdrafts, "lend", "lost")
+    with pytest.raises(LedgerUnavailable):
+        await lend_last(keeper, ann)
+    monkeypatch.undo()
+    cost = Nano(60_000)
+    charge = Charge(id=uuid7(), buyer=ann, operator=operator, amount=cost, fee=split(cost)[1], model="m")
+    async with Poster(ledger_engine, settle=lambda hold, cost: None) as poster:
+        await poster.post(charge, hold)
+    again = await keeper.authorise(ann, Nano(800_000_000))  # reads the lease
+    keeper.settle(hold, cost)
+    leased, booked = await in_lease_and_book(ledger_engine, keeper, ann)
+    assert booked == leased - cost.n, "too little by its cost until the slice goes back"
+    keeper.release(again)
+    await keeper.close()
+    assert (await anns_balance(ledger_engine)).held.n == 0
     assert await everything_holds(ledger_engine)
