@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from uuid import UUID
@@ -54,32 +55,55 @@ def explain(
     from marketplace.deposits.explain import explain_transaction
     from marketplace.platform.database import transaction
 
+    if not _is_transaction(chain, tx):
+        err.print(f"[red]tollway:[/] {escape(repr(tx[:100]))} is not a transaction hash of {chain}")
+        raise typer.Exit(1)
     minimum = _settings_or_exit(data_dir).deposit_micro_min
+    key = tx.lower() if chain.is_evm else tx  # as nodes spell a hash
 
     async def work(engine: AsyncEngine, *_: object) -> Any:
         async with transaction(engine) as conn:
-            return await explain_transaction(conn, chain, tx, deposit_micro_min=minimum)
+            return await explain_transaction(conn, chain, key, deposit_micro_min=minimum)
 
     for said in _book(data_dir, work):
         out.print(f"[bold]{said.verdict}[/]  {escape(said.why)}  [dim]{escape(said.key)}[/]")
 
 
+def _is_transaction(chain: Chain, text: str) -> bool:
+    """Whether it is spelt as one: 0x and 32 bytes of hex, on Solana 64 bytes of base58."""
+    if chain.is_evm:
+        return re.fullmatch(r"0x[0-9a-fA-F]{64}", text) is not None
+    from chain.solana.base58 import decode
+
+    try:
+        return len(decode(text)) == 64
+    except ValueError:
+        return False
+
+
 @deposits_app.command("cases")
-def cases(data_dir: DataDir = DEFAULT_STACK) -> None:
+def cases(
+    kind: Annotated[str | None, typer.Option(help="Only these, such as `chain_halted`.")] = None,
+    before: Annotated[UUID | None, typer.Option(help="Only those older than this one.")] = None,
+    data_dir: DataDir = DEFAULT_STACK,
+) -> None:
     """List what waits for a person's decision, newest first."""
     from marketplace.deposits import decisions
     from marketplace.platform.database import transaction
 
     async def work(engine: AsyncEngine, *_: object) -> Any:
         async with transaction(engine) as conn:
-            return await decisions.open_cases(conn)
+            return await decisions.open_cases(conn, kind=kind, before=before, limit=shown + 1)
 
-    table = Table("at", "kind", "chain", "key", "detail")
-    for row in _book(data_dir, work):
+    shown = decisions.CASES_MAX
+    table, found = Table("at", "kind", "chain", "key", "detail"), _book(data_dir, work)
+    for row in found[:shown]:
         table.add_row(
             row.created_at.isoformat(timespec="seconds"), row.kind, row.chain, row.key, escape(row.detail)
         )
     out.print(table)
+    if len(found) > shown:
+        out.print(f"There are older ones: --before {found[shown - 1].id}")
 
 
 @deposits_app.command("attribute")
@@ -203,7 +227,7 @@ def resume(
 def accept_history(
     chain: ChainOption,
     from_height: Annotated[
-        int, typer.Option("--from", help="A block below the fork; lower reads more, and is no harm.")
+        int, typer.Option("--from", min=0, help="A block below the fork; lower reads more, and is no harm.")
     ],
     actor: Actor,
     reason: Reason,
@@ -273,6 +297,7 @@ def sweep_export(
     """Write the waiting sweep for its signers."""
     import msgspec
 
+    from marketplace.cli import _plain_errors
     from marketplace.deposits import solana_sweeps
     from marketplace.platform.database import transaction
 
@@ -281,7 +306,8 @@ def sweep_export(
             return await solana_sweeps.export_sweep(conn)
 
     export = _book(data_dir, work)
-    file.write_bytes(msgspec.json.encode(export))
+    with _plain_errors():
+        file.write_bytes(msgspec.json.encode(export))
     out.print(f"{file}: {len(export.lines)} accounts")
 
 
@@ -311,7 +337,7 @@ def sweep_sign(
         except DepositError as e:
             err.print(f"[red]tollway:[/] {escape(str(e))}")
             raise typer.Exit(1) from e
-    approval.write_bytes(msgspec.json.encode(document))
+        approval.write_bytes(msgspec.json.encode(document))
     out.print(str(approval))
 
 
@@ -322,10 +348,12 @@ def sweep_approve(
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
     """Store a signer's approval; at the threshold the settler sends the sweep."""
+    from marketplace.cli import _plain_errors
     from marketplace.deposits import solana_sweeps
     from marketplace.platform.database import transaction
 
-    raw = approval.read_bytes()
+    with _plain_errors():
+        raw = approval.read_bytes()
 
     async def work(engine: AsyncEngine, chains: ChainsConfig, clock: Clock) -> int:
         document = solana_sweeps.decode_approval(raw)

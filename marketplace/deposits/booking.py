@@ -22,10 +22,10 @@ ledger, in cases and in decisions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import structlog
@@ -54,9 +54,12 @@ from marketplace.ledger.money import from_micro
 from marketplace.ledger.posting import BULK_MAX, lock_balances, post_transfers
 from marketplace.ledger.templates import Transfer
 from marketplace.notices.outbox import enqueue_all
+from marketplace.platform.database import is_among
 from marketplace.platform.ids import uuid7
 
 DETAIL_CHARACTERS_MAX: Final = 1000
+CASE_MICRO_MIN: Final = 1_000_000
+"""A dollar: for less nobody is asked, or dust at a few cents a thousand would bury what matters."""
 TOLD_TRANSACTIONS_MAX: Final = 50
 """Named in one notice; its amount is of all."""
 MINTER: Final = "0x" + "0" * 40
@@ -96,6 +99,14 @@ class _Row:
     """The ledger's key; goes with what is final."""
 
 
+class _Case(NamedTuple):
+    """What a person is asked to look at."""
+
+    kind: str
+    key: str
+    detail: str
+
+
 async def record_seen(
     conn: AsyncConnection,
     rules: Rules,
@@ -133,7 +144,7 @@ async def orphan(conn: AsyncConnection, chain: Chain, block_hashes: Collection[s
         select(deposits.c.key, deposits.c.status, deposits.c.block_hash, deposits.c.amount_micro)
         .where(
             deposits.c.chain == chain.value,
-            deposits.c.block_hash.in_(set(block_hashes)),
+            is_among(deposits.c.block_hash, set(block_hashes)),
             deposits.c.status != Deposit.ORPHANED.value,
         )
         .with_for_update()
@@ -206,18 +217,24 @@ async def open_case(
     conn: AsyncConnection, chain: Chain, *, kind: str, key: str, detail: str, now: datetime
 ) -> None:
     """Ask a person to look at something; once per kind and key."""
-    await conn.execute(
-        postgresql.insert(support_cases)
-        .values(
-            id=uuid7(),
-            kind=kind,
-            chain=chain.value,
-            key=key,
-            detail=detail[:DETAIL_CHARACTERS_MAX],
-            created_at=now,
-        )
-        .on_conflict_do_nothing()
-    )
+    await _open_cases(conn, chain, [_Case(kind, key, detail)], now)
+
+
+async def _open_cases(conn: AsyncConnection, chain: Chain, cases: Sequence[_Case], now: datetime) -> None:
+    if not cases:
+        return
+    rows = [
+        {
+            "id": uuid7(),
+            "kind": case.kind,
+            "chain": chain.value,
+            "key": case.key,
+            "detail": case.detail[:DETAIL_CHARACTERS_MAX],
+            "created_at": now,
+        }
+        for case in cases
+    ]
+    await conn.execute(postgresql.insert(support_cases).on_conflict_do_nothing(), rows)
 
 
 async def book_opening_balance(
@@ -239,7 +256,7 @@ async def ledger_refs(conn: AsyncConnection, chain: Chain, keys: Collection[str]
     """The ledger's key of each movement; one that its chain took back before has another each time."""
     statement = (
         select(taken_back.c.key, func.count().label("times"))
-        .where(taken_back.c.chain == chain.value, taken_back.c.key.in_(set(keys)))
+        .where(taken_back.c.chain == chain.value, is_among(taken_back.c.key, set(keys)))
         .group_by(taken_back.c.key)
     )
     times = {row.key: row.times for row in await conn.execute(statement)} if keys else {}
@@ -268,7 +285,7 @@ async def orphan_seen_above(conn: AsyncConnection, chain: Chain, height: int, no
 async def _known(conn: AsyncConnection, chain: Chain, transfers: Sequence[TransferSeen]) -> dict[str, Known]:
     statement = (
         select(deposits.c.key, deposits.c.status, deposits.c.block_hash, deposits.c.amount_micro)
-        .where(deposits.c.chain == chain.value, deposits.c.key.in_([t.key for t in transfers]))
+        .where(deposits.c.chain == chain.value, is_among(deposits.c.key, [t.key for t in transfers]))
         .with_for_update()
     )
     return {row.key: as_known(row) for row in await conn.execute(statement)}
@@ -289,11 +306,12 @@ async def _orphan_unconfirmed(
             deposits.c.chain == chain.value,
             deposits.c.status == Deposit.SEEN.value,
             deposits.c.height <= through_height,
-            deposits.c.key.not_in([t.key for t in transfers]),
         )
         .with_for_update()
     )
-    await _orphan_rows(conn, chain, (await conn.execute(statement)).all(), now)
+    there = {transfer.key for transfer in transfers}
+    gone = [row for row in await conn.execute(statement) if row.key not in there]
+    await _orphan_rows(conn, chain, gone, now)
 
 
 async def _orphan_rows(
@@ -305,7 +323,7 @@ async def _orphan_rows(
         await _call_in(conn, chain, [row.key for row in rows], now)
         await conn.execute(
             update(deposits)
-            .where(deposits.c.chain == chain.value, deposits.c.key.in_([row.key for row in rows]))
+            .where(deposits.c.chain == chain.value, is_among(deposits.c.key, [row.key for row in rows]))
             .values(status=Deposit.ORPHANED.value)
         )
 
@@ -320,8 +338,7 @@ async def _write(conn: AsyncConnection, rows: Sequence[_Row], now: datetime) -> 
         insertion.on_conflict_do_update(constraint="one_row_per_movement", set_=told),
         [_columns(row, now) for row in rows],
     )
-    for row in rows:
-        await _ask_about(conn, row, now)
+    await _open_cases(conn, rows[0].transfer.chain, [case for row in rows for case in _odd_about(row)], now)
 
 
 _TOLD: Final = (
@@ -363,16 +380,18 @@ def _columns(row: _Row, now: datetime) -> dict[str, object]:
     }
 
 
-async def _ask_about(conn: AsyncConnection, row: _Row, now: datetime) -> None:
+def _odd_about(row: _Row) -> Iterator[_Case]:
+    """What a person should look at; the rest is on record, and may be decided about all the same."""
     transfer, found, is_final = row.transfer, row.attribution, row.status is Deposit.FINAL
     detail = f"{transfer.amount} USDC from {transfer.sender} to {transfer.to} in {transfer.tx}"
     key = transfer.key if row.ref is None else decision_key(transfer.chain, row.ref)
-    if isinstance(found, Unattributed):
-        await open_case(conn, transfer.chain, kind=found.reason, key=key, detail=detail, now=now)
-    elif is_final and found.is_held:
-        await open_case(conn, transfer.chain, kind="frozen_account", key=key, detail=detail, now=now)
+    if transfer.amount.n >= CASE_MICRO_MIN:
+        if isinstance(found, Unattributed):
+            yield _Case(found.reason, key, detail)
+        elif is_final and found.is_held:
+            yield _Case("frozen_account", key, detail)
     if is_final and transfer.sender == MINTER:
-        await open_case(conn, transfer.chain, kind="minted", key=key, detail=detail, now=now)
+        yield _Case("minted", key, detail)
 
 
 def _as_departure(transfer: TransferSeen) -> Departure:
@@ -437,29 +456,35 @@ async def record_foreign(
     now: datetime,
 ) -> None:
     """Keep tokens we do not take on record, with a case; no balance changes, whatever they are called."""
+    rows: list[dict[str, object]] = []
+    cases: list[_Case] = []
     for foreign in found:
         transfer = foreign.transfer
         owner = directory.owners.get(transfer.to)
-        row = {
-            "chain": chain.value,
-            "key": transfer.key,
-            "tx": transfer.tx,
-            "height": transfer.height,
-            "block_hash": transfer.block_hash,
-            "token": foreign.token,
-            "name": foreign.name,
-            "to_address": transfer.to,
-            "sender": transfer.sender,
-            "amount": transfer.amount.n,
-            "person_id": owner.person_id if owner else None,
-            "at": now,
-        }
-        await conn.execute(postgresql.insert(unsupported_deposits).values(**row).on_conflict_do_nothing())
+        rows.append(
+            {
+                "chain": chain.value,
+                "key": transfer.key,
+                "tx": transfer.tx,
+                "height": transfer.height,
+                "block_hash": transfer.block_hash,
+                "token": foreign.token,
+                "name": foreign.name,
+                "to_address": transfer.to,
+                "sender": transfer.sender,
+                "amount": transfer.amount.n,
+                "person_id": owner.person_id if owner else None,
+                "at": now,
+            }
+        )
         detail = (
             f"{transfer.amount.n} units of {foreign.name} ({foreign.token}) from {transfer.sender} "
             f"to {transfer.to} in {transfer.tx}"
         )
-        await open_case(conn, chain, kind="unsupported_token", key=transfer.key, detail=detail, now=now)
+        cases.append(_Case("unsupported_token", transfer.key, detail))
+    if rows:
+        await conn.execute(postgresql.insert(unsupported_deposits).on_conflict_do_nothing(), rows)
+    await _open_cases(conn, chain, cases, now)
 
 
 async def _credit(
@@ -476,7 +501,7 @@ async def _credit(
                 entries.append(_set_aside(arrival))
     if not groups:
         return credited, entries
-    new_keys = [arrival.transfer.key for new in groups.values() for arrival in new]
+    new_keys = {arrival.transfer.key for new in groups.values() for arrival in new}
     earlier_by_group = await _waiting(conn, rules.chain, groups, without=new_keys)
     for (address, person_id), new in groups.items():
         arrived = {arrival.transfer.key: arrival for arrival in new}
@@ -492,7 +517,8 @@ async def _credit(
         await conn.execute(
             update(deposits)
             .where(
-                deposits.c.chain == rules.chain.value, deposits.c.key.in_([credit.key for credit in credited])
+                deposits.c.chain == rules.chain.value,
+                is_among(deposits.c.key, [credit.key for credit in credited]),
             )
             .values(credited_at=now)
         )
@@ -531,19 +557,18 @@ async def _waiting(
         select(columns.key, columns.amount_micro, columns.transfer_ref, columns.to_address, columns.person_id)
         .where(
             columns.chain == chain.value,
-            columns.to_address.in_({address for address, _ in groups}),
-            columns.person_id.in_({person_id for _, person_id in groups}),
+            is_among(columns.to_address, {address for address, _ in groups}),
+            is_among(columns.person_id, {person_id for _, person_id in groups}),
             columns.status == Deposit.FINAL.value,
             columns.credited_at.is_(None),
             ~columns.is_held,
-            columns.key.not_in(without),
         )
         .order_by(columns.height, columns.id)
         .with_for_update()
     )
     found: dict[tuple[str, UUID], dict[str, tuple[int, str]]] = {group: {} for group in groups}
     for row in await conn.execute(statement):
-        if (row.to_address, row.person_id) in found:
+        if row.key not in without and (row.to_address, row.person_id) in found:
             found[row.to_address, row.person_id][row.key] = (row.amount_micro, row.transfer_ref)
     return found
 

@@ -31,8 +31,12 @@ from marketplace.deposits.tables import (
     support_cases,
 )
 from marketplace.ledger import templates
+from marketplace.ledger.accounts import TransferKind
 from marketplace.ledger.money import from_micro
+from marketplace.ledger.posting import find_transfer
 
+CASES_MAX: Final = 100
+"""A page, unless asked else."""
 _IS_FROZEN: Final = text("SELECT frozen_at IS NOT NULL FROM people WHERE id = :id")
 
 
@@ -48,8 +52,8 @@ async def attribute_deposit(
 ) -> Micro:
     """Give a final deposit that waits to a person; gives the amount.
 
-    NoDecision if it does not wait, or the person's account is frozen: whoever releases what was held for
-    that says so first, by unfreezing it.
+    NoDecision if it does not wait, was the treasury's own (`rebalance`), or the person's account is frozen:
+    whoever releases what was held for that says so first, by unfreezing it.
     """
     row = (
         await conn.execute(
@@ -64,6 +68,10 @@ async def attribute_deposit(
     ).one_or_none()
     if row is None or row.status != "final" or row.credited_at is not None:
         raise NoDecision(f"{chain.value} {key}: no final deposit waits under this key")
+    # Asked under the row's lock, which a rebalance holds too.
+    ours = await find_transfer(conn, TransferKind.CORRECTION, f"rebalance:{chain.value}:{row.key}")
+    if ours is not None:
+        raise NoDecision(f"{chain.value} {key}: the treasury has booked it as USDC that it moved itself")
     is_frozen = await conn.scalar(_IS_FROZEN, {"id": person_id})
     if is_frozen is None:
         raise NoDecision(f"there is no person {person_id}")
@@ -99,8 +107,13 @@ async def leave_deposit(
     await _journal(conn, chain, key, "leave", None, actor, reason, now)
 
 
-async def open_cases(conn: AsyncConnection, *, limit: int = 100) -> Sequence[Row[Any]]:
-    """The newest cases that nobody has decided; a halt is decided by whoever resumes the chain."""
+async def open_cases(
+    conn: AsyncConnection, *, kind: str | None = None, before: UUID | None = None, limit: int = CASES_MAX
+) -> Sequence[Row[Any]]:
+    """The newest cases that nobody has decided, those older than `before`: of one `kind`, or all.
+
+    A halt is decided by whoever resumes the chain.
+    """
     decided = and_(
         deposit_decisions.c.chain == support_cases.c.chain, deposit_decisions.c.key == support_cases.c.key
     )
@@ -115,6 +128,10 @@ async def open_cases(conn: AsyncConnection, *, limit: int = 100) -> Sequence[Row
         .order_by(support_cases.c.id.desc())
         .limit(limit)
     )
+    if kind is not None:
+        statement = statement.where(support_cases.c.kind == kind)
+    if before is not None:
+        statement = statement.where(support_cases.c.id < before)
     return (await conn.execute(statement)).all()
 
 

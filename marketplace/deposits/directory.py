@@ -21,6 +21,7 @@ from chain.networks import Chain
 from chain.ports import TransferSeen
 from marketplace.deposits.attribution import Directory, Owner
 from marketplace.deposits.tables import deposit_addresses, deposit_intents, screened_senders, solana_pool
+from marketplace.platform.database import is_among
 
 Family = Literal["evm", "solana"]
 
@@ -134,7 +135,7 @@ async def look_up(
 async def _owners(conn: AsyncConnection, family: Family, watched: Iterable[str]) -> dict[str, Owner]:
     statement = select(
         deposit_addresses.c.watched, deposit_addresses.c.person_id, deposit_addresses.c.retired_at
-    ).where(deposit_addresses.c.chain_family == family, deposit_addresses.c.watched.in_(set(watched)))
+    ).where(deposit_addresses.c.chain_family == family, is_among(deposit_addresses.c.watched, set(watched)))
     return {
         row.watched: Owner(row.person_id, row.retired_at is not None) for row in await conn.execute(statement)
     }
@@ -142,7 +143,9 @@ async def _owners(conn: AsyncConnection, family: Family, watched: Iterable[str])
 
 async def _pool(conn: AsyncConnection, accounts: Iterable[str]) -> list[tuple[str, Owner]]:
     """Pool accounts among `accounts`; without a row in deposit_addresses they are nobody's yet."""
-    statement = select(solana_pool.c.token_account).where(solana_pool.c.token_account.in_(set(accounts)))
+    statement = select(solana_pool.c.token_account).where(
+        is_among(solana_pool.c.token_account, set(accounts))
+    )
     return [(account, Owner(None, is_retired=False)) for account in await conn.scalars(statement)]
 
 
@@ -150,20 +153,20 @@ async def _wallets(conn: AsyncConnection, owners: Iterable[str]) -> dict[str, Ow
     """People by the wallet they are shown, for tokens we do not take."""
     statement = select(
         deposit_addresses.c.address, deposit_addresses.c.person_id, deposit_addresses.c.retired_at
-    ).where(deposit_addresses.c.chain_family == "solana", deposit_addresses.c.address.in_(set(owners)))
+    ).where(deposit_addresses.c.chain_family == "solana", is_among(deposit_addresses.c.address, set(owners)))
     return {
         row.address: Owner(row.person_id, row.retired_at is not None) for row in await conn.execute(statement)
     }
 
 
 async def _screened(conn: AsyncConnection, senders: Iterable[str]) -> frozenset[str]:
-    statement = select(screened_senders.c.address).where(screened_senders.c.address.in_(set(senders)))
+    statement = select(screened_senders.c.address).where(is_among(screened_senders.c.address, set(senders)))
     return frozenset(await conn.scalars(statement))
 
 
 async def _intents(conn: AsyncConnection, references: Iterable[str]) -> dict[str, UUID]:
     statement = select(deposit_intents.c.reference, deposit_intents.c.person_id).where(
-        deposit_intents.c.reference.in_(set(references))
+        is_among(deposit_intents.c.reference, set(references))
     )
     return {row.reference: row.person_id for row in await conn.execute(statement)}
 

@@ -2,7 +2,9 @@
 
     seen, within both caps      early_credit           platform → buyer     explicit receivable
     final, and credited         early_credit_repaid    buyer → platform     right after the deposit itself
-    orphaned, or set aside      early_credit_repaid    buyer → platform     even if the money is spent; a case
+    orphaned, or set aside      early_credit_repaid    buyer → platform     with a case
+
+A loan ends even if its money is spent, and more: an overdraft or a dispute may have come in between.
 
 A buyer's balance can only be spent on answers, never withdrawn, so a loan cannot leave as USDC.  One loan per
 movement for ever.  The caps count open loans: of one person, and of all people on all chains.
@@ -27,6 +29,7 @@ from marketplace.deposits.tables import early_credits
 from marketplace.ledger import templates
 from marketplace.ledger.money import from_micro
 from marketplace.ledger.templates import Transfer
+from marketplace.platform.database import is_among
 
 EARLY_LOCK: Final = 0x746F6C6C_6561726C  # "tollearl": the caps are read and used by one watcher at a time
 
@@ -87,7 +90,7 @@ async def end_loans(
         update(early_credits)
         .where(
             early_credits.c.chain == chain.value,
-            early_credits.c.key.in_(set(keys)),
+            is_among(early_credits.c.key, set(keys)),
             early_credits.c.status == "open",
         )
         .values(status="called_in" if is_called_in else "repaid", ended_at=now)
@@ -100,7 +103,6 @@ async def end_loans(
                 person=str(row.person_id),
                 amount=from_micro(row.amount_micro),
                 ref=f"{chain.value}:{row.key}",
-                is_called_in=is_called_in,
             ),
         )
         for row in (await conn.execute(statement)).all()

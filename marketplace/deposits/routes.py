@@ -23,7 +23,7 @@ from marketplace.deposits.addresses import (
     shared_forwarders,
     solana_address,
 )
-from marketplace.deposits.decisions import attribute_deposit, leave_deposit, open_cases
+from marketplace.deposits.decisions import CASES_MAX, attribute_deposit, leave_deposit, open_cases
 from marketplace.deposits.errors import NoDecision, TooManyIntents
 from marketplace.deposits.qr import qr_svg
 from marketplace.deposits.tables import chain_cursors, deposits
@@ -357,6 +357,7 @@ def _parse_amount(text: str | None) -> Micro | None:
 class SupportCase(BaseModel):
     """Something a person should look at."""
 
+    id: UUID
     kind: str
     chain: Chain
     key: str
@@ -368,6 +369,7 @@ class SupportCases(BaseModel):
     """Undecided ones, newest first."""
 
     data: list[SupportCase]
+    next_before: UUID | None = Field(description="give it as `before` for the next page; null on the last")
 
 
 class Decision(BaseModel):
@@ -382,22 +384,30 @@ class Decision(BaseModel):
 
 
 @router.get("/admin/deposit-cases", responses=_ERRORS)
-async def list_cases(identity: AdminIdentity, services: ServicesDep) -> SupportCases:
+async def list_cases(
+    identity: AdminIdentity,
+    services: ServicesDep,
+    kind: Annotated[str | None, Query(max_length=60, description="only these, such as chain_halted")] = None,
+    limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = CASES_MAX,
+    before: UUID | None = None,
+) -> SupportCases:
     """List what waits for a person's decision."""
     del identity
     async with transaction(services.engine) as conn:
-        rows = await open_cases(conn)
+        rows = await open_cases(conn, kind=kind, before=before, limit=limit + 1)
     return SupportCases(
         data=[
             SupportCase(
+                id=row.id,
                 kind=row.kind,
                 chain=Chain(row.chain),
                 key=row.key,
                 detail=row.detail,
                 created_at=row.created_at,
             )
-            for row in rows
-        ]
+            for row in rows[:limit]
+        ],
+        next_before=rows[limit - 1].id if len(rows) > limit else None,
     )
 
 

@@ -417,7 +417,7 @@ def _decode(raw: bytes, shape: type[T]) -> T:
         raise SweepRefused("the file is too large")
     try:
         document = msgspec.json.decode(raw, type=shape)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise SweepRefused(f"not such a file: {e}") from e
     if getattr(document, "format", None) != FORMAT:
         raise SweepRefused(f"not of format {FORMAT}")

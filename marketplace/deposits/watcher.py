@@ -9,7 +9,8 @@ Final blocks are read again at finality even if they were seen before, so that c
 what was read while it could still change: what is booked equals a fresh index of the final chain.
 
 Nothing is kept that the database does not have: after any failure the watcher reads its cursor again.
-A final block that contradicts the cursor halts the chain, in the database, until a person resumes it.
+A final block that contradicts the cursor halts the chain, in the database, until a person resumes it; so
+does a deposit that the ledger refuses to book.
 One watcher per chain works (a session lock); others wait as hot standby.
 """
 
@@ -56,6 +57,7 @@ from marketplace.deposits.cursor import Cursor, create_cursor, load_cursor, save
 from marketplace.deposits.directory import KnownAddresses, look_up
 from marketplace.deposits.errors import ChainHalted, DepositFault, Unacknowledged
 from marketplace.deposits.tables import chain_cursors
+from marketplace.ledger.errors import LedgerRefusal
 from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 
@@ -113,7 +115,8 @@ class Watcher:
         """
         try:
             return await self._tick()
-        except (FinalityViolated, Unacknowledged) as e:
+        except (FinalityViolated, Unacknowledged, LedgerRefusal) as e:
+            # A refusal of the ledger too: it would refuse again, and other chains go on.
             self._cursor = None
             await self._halt(str(e))
             return False

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from marketplace.notices.messages import compose
 from marketplace.notices.tables import notice_deliveries, notices, webhooks
+from marketplace.platform.database import is_among
 from marketplace.platform.ids import uuid7
 
 _EMAILS: Final = text(
@@ -58,7 +59,7 @@ async def enqueue_all(
     await conn.execute(insert(notices), rows)
     targets: dict[UUID, list[tuple[str, str]]] = {person_id: [] for person_id in people}
     there = select(webhooks.c.id, webhooks.c.person_id).where(
-        webhooks.c.person_id.in_(people), webhooks.c.removed_at.is_(None)
+        is_among(webhooks.c.person_id, people), webhooks.c.removed_at.is_(None)
     )
     for webhook in await conn.execute(there):
         targets[webhook.person_id].append(("webhook", str(webhook.id)))

@@ -8,13 +8,13 @@ Only the edge commits: `transaction` is the one place that does.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import MetaData, make_url, text
+from sqlalchemy import ARRAY, ColumnElement, MetaData, any_, literal, make_url, text
 from sqlalchemy.exc import ArgumentError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -99,6 +99,11 @@ async def transaction(engine: AsyncEngine, *, isolation: str | None = None) -> A
 
 
 _AS_OF: Final = text("SELECT pg_is_in_recovery() AS is_replica, pg_last_xact_replay_timestamp() AS as_of")
+
+
+def is_among(column: ColumnElement[Any], values: Collection[Any]) -> ColumnElement[bool]:
+    """`column IN (values)` with the values as one array: a statement takes 32,767 arguments and no more."""
+    return column == any_(literal(list(values), ARRAY(column.type)))
 
 
 @asynccontextmanager

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import UUID
 
 import aiohttp
+import httpx
 import pytest
-from deposits_parts import QUICK, Bench, final, start
+from deposits_parts import ESCROW, QUICK, Bench, final, start
+from fastapi import FastAPI, Request
 from prometheus_client import REGISTRY
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -24,12 +29,17 @@ from chain.simulated import SimulatedChain
 from chain.units import Micro
 from marketplace.cli_deposits import deposits_app
 from marketplace.deposits import service
+from marketplace.deposits.alarms import halt_and_ask
+from marketplace.deposits.booking import open_case
 from marketplace.deposits.cursor import load_cursor
+from marketplace.deposits.decisions import CASES_MAX
 from marketplace.deposits.early import EarlyCredit
+from marketplace.deposits.routes import router
 from marketplace.deposits.tables import chain_cursors, chain_halts, deposit_addresses, screening_decisions
 from marketplace.deposits.watcher import PROGRESS_EVERY_S, STALL_S
 from marketplace.platform.database import connect, transaction
 from marketplace.platform.errors import SetupFault
+from marketplace.platform.http import Identity
 from marketplace.platform.operations import answering_operations
 from marketplace.platform.settings import load_chains, settings_environment
 
@@ -247,7 +257,7 @@ async def test_a_person_explains_halts_and_resumes_by_command(
 ) -> None:
     _, address = await bench.a_buyer()
     watcher = await start(bench)
-    payment = bench.pays(address, 7)
+    payment = bench.pays(address, 7, tx="0x" + "ab" * 32)
     await final(bench, watcher, payment)
 
     for name, value in environment(database_url, tmp_path).items():
@@ -283,6 +293,63 @@ async def test_a_person_explains_halts_and_resumes_by_command(
             select(chain_halts.c.action, chain_halts.c.actor).order_by(chain_halts.c.id)
         )
         assert [tuple(row) for row in journal] == [("halt", "ann"), ("resume", "ann")]
+
+
+async def many_cases(bench: Bench) -> None:
+    """A large one, a halt, and then as many small ones as a page has."""
+    watcher = await start(bench)
+    await final(bench, watcher, bench.pays(ESCROW, 5000, tx="0xlarge"))
+    async with transaction(bench.engine) as conn:
+        await halt_and_ask(conn, Chain.BASE, actor="watcher", reason="a drill", now=bench.clock.now())
+        small = {"kind": "no_reference", "detail": "5.000000 USDC"}
+        for number in range(CASES_MAX):
+            await open_case(conn, Chain.BASE, key=f"0x{number}:0", now=bench.clock.now(), **small)
+
+
+async def test_a_person_pages_through_cases_by_command(
+    bench: Bench, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(database_url, tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+    async def listed(*arguments: str) -> str:
+        done = await asyncio.to_thread(CliRunner().invoke, deposits_app, ["cases", *arguments])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    await many_cases(bench)
+    newest = await listed()
+    assert newest.count("no_reference") == CASES_MAX
+    assert "0xlarge:0" not in newest
+    before = re.search(r"--before (\S+)", newest)
+    assert before is not None
+    rest = await listed("--before", before[1])
+    assert ("0xlarge:0" in rest, "chain_halted" in rest, "--before" in rest) == (True, True, False)
+    halts = await listed("--kind", "chain_halted")
+    assert (halts.count("chain_halted"), "no_reference" in halts) == (1, False)
+
+
+async def test_cases_are_listed_in_pages_and_by_kind_over_http(bench: Bench) -> None:
+    await many_cases(bench)
+
+    class Anybody:
+        async def authenticate(self, _: Request) -> Identity:
+            return Identity(UUID(int=1), None, frozenset({"account", "admin"}))
+
+    app = FastAPI()
+    app.include_router(router)
+    app.state.services = SimpleNamespace(engine=bench.engine, authenticator=Anybody())
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://tollway/api/admin") as client:
+        keys, before = [], {}
+        for _ in range(3):
+            page = (await client.get("/deposit-cases", params={"limit": 34, **before})).json()
+            keys += [case["key"] for case in page["data"]]
+            before = {"before": page["next_before"]}
+        assert (len(keys), len(set(keys)), before) == (CASES_MAX + 2, CASES_MAX + 2, {"before": None})
+        assert keys[-1] == "0xlarge:0"
+        (halt,) = (await client.get("/deposit-cases", params={"kind": "chain_halted"})).json()["data"]
+        assert halt["kind"] == "chain_halted"
 
 
 async def test_a_person_retires_an_address_and_screens_a_sender_by_command(

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from dataclasses import replace
 from datetime import timedelta
+from typing import NoReturn
 
 import pytest
 from deposits_parts import ESCROW, STRANGER, Bench, a_known_person, final, start
@@ -18,9 +19,11 @@ from chain.ports import BlockFacts, WatchSet
 from chain.simulated import Movement, SimulatedChain
 from chain.units import Micro
 from marketplace.deposits import service
+from marketplace.deposits import watcher as watcher_module
+from marketplace.deposits.booking import ledger_refs, orphan
 from marketplace.deposits.cursor import halt_chain, load_cursor, resume_chain, save_cursor
 from marketplace.deposits.decisions import attribute_deposit, leave_deposit, open_cases, screen_sender
-from marketplace.deposits.early import EarlyCredit
+from marketplace.deposits.early import EarlyCredit, end_loans
 from marketplace.deposits.errors import NoDecision, Superseded
 from marketplace.deposits.explain import explain_transaction
 from marketplace.deposits.routes import _changes
@@ -36,7 +39,10 @@ from marketplace.deposits.tables import (
     sweeps,
     unsupported_deposits,
 )
-from marketplace.ledger import accounts
+from marketplace.ledger import accounts, templates
+from marketplace.ledger.errors import InsufficientFunds
+from marketplace.ledger.money import Nano
+from marketplace.ledger.posting import post_transfer
 from marketplace.platform.database import transaction
 
 
@@ -645,6 +651,73 @@ async def test_early_credit_is_called_in_when_a_reorg_takes_the_deposit(bench: B
     bench.node.finalize()
     await bench.settle(watcher)
     assert await bench.buyer(ann) == 15_000_000_000
+    await bench.books_hold()
+
+
+async def test_a_loan_ends_at_finality_even_if_more_than_it_was_spent(bench: Bench) -> None:
+    (ann, at), (bob, there) = await bench.a_buyer(), await bench.a_buyer()
+    watcher = await start(bench, early=CAPS)
+    bench.node.mine(bench.pays(at, 15))
+    await bench.settle(watcher)
+    async with transaction(bench.engine) as conn:  # an older card payment is disputed
+        await post_transfer(conn, templates.dispute(person=str(ann), amount=Nano(20_000_000_000), ref="dp"))
+    await final(bench, watcher, bench.pays(there, 11))
+    assert (await bench.buyer(ann), await bench.buyer(bob)) == (-5_000_000_000, 11_000_000_000)
+    assert await bench.balance(accounts.EARLY_CREDIT) == 0
+    await bench.books_hold()
+
+
+async def test_what_the_ledger_refuses_halts_this_chain_and_ends_no_watcher(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, address = await bench.a_buyer()
+    watcher = await start(bench)
+
+    async def refused(*_: object, **__: object) -> NoReturn:
+        raise InsufficientFunds("unattributed:base has 2.00 available", available_nano=2_000_000_000)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watcher_module, "book_final", refused)
+        await final(bench, watcher, bench.pays(address, 10))
+    async with transaction(bench.engine) as conn:
+        cursor = await load_cursor(conn, Chain.BASE)
+        assert cursor is not None
+        assert cursor.halt is not None
+        assert "2.00 available" in cursor.halt.reason
+        assert [case.kind for case in await open_cases(conn)] == ["chain_halted"]
+        await resume_chain(conn, Chain.BASE, actor="ann", reason="corrected", now=bench.clock.now())
+    await bench.settle(watcher)
+    assert await bench.buyer(ann) == 10_000_000_000
+
+
+async def test_a06_lists_may_be_longer_than_a_statement_takes_arguments(bench: Bench) -> None:
+    """PostgreSQL's protocol takes 32,767."""
+    many, now = [f"0x{n}:0" for n in range(33_000)], bench.clock.now()
+    async with transaction(bench.engine) as conn:
+        assert len(await ledger_refs(conn, Chain.BASE, many)) == len(many)
+        assert await orphan(conn, Chain.BASE, many, now) == 0
+        assert await end_loans(conn, Chain.BASE, many, is_called_in=False, now=now) == []
+
+
+@pytest.mark.slow
+async def test_a06_more_dust_than_a_statement_takes_arguments(bench: Bench) -> None:
+    """In one range, and waiting for the deposit that releases it."""
+    (ann, at), (bob, there) = await bench.a_buyer(), await bench.a_buyer()
+    watcher = await start(bench)
+    dust = [bench.pays(at, "1") for _ in range(33_000)]
+    await final(bench, watcher, *dust)
+    await final(bench, watcher, bench.pays(at, 10), bench.pays(there, 50))
+    assert (await bench.buyer(ann), await bench.buyer(bob)) == (10_033_000_000, 50_000_000_000)
+    await bench.books_hold()
+
+
+async def test_dust_for_nobody_asks_nobody(bench: Bench) -> None:
+    watcher = await start(bench)
+    await final(bench, watcher, *(bench.pays(ESCROW, "1") for _ in range(120)), bench.pays(ESCROW, 5_000))
+    async with transaction(bench.engine) as conn:
+        (case,) = await open_cases(conn)
+    assert case.detail.startswith("5000.000000 USDC")
+    assert await bench.balance(accounts.unattributed("base")) == 5_000_000_120_000
     await bench.books_hold()
 
 
