@@ -76,5 +76,6 @@ SOLANA: Final = SolanaNetwork(
 
 EVM_NETWORKS: Final[dict[Chain, EvmNetwork]] = {n.chain: n for n in (ETHEREUM, BASE)}
 
-SAFE_VERSION_MIN: Final = (1, 3, 0)
-"""Older Safes do not bind the chain id into the signed domain, so a signature could be replayed."""
+SAFE_VERSION_MIN: Final = (1, 4, 0)
+"""Older Safes do not index the hash by which an execution is found; those before 1.3 do not even bind the
+chain id into the signed domain, so a signature could be replayed."""

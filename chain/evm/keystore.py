@@ -76,6 +76,8 @@ def _read(path: Path) -> dict[str, object]:
             document = json.loads(file.read(KEYSTORE_BYTES_MAX))
     except (OSError, ValueError) as e:
         raise KeystoreError(f"{path} cannot be read as a keystore: {e}") from e
+    if isinstance(document, dict) and "sealed" in document:
+        raise KeystoreError(f"{path} is a Solana keystore; here signs an EVM key: take the EVM one")
     if not isinstance(document, dict) or "address" not in document or "crypto" not in document:
         raise KeystoreError(f"{path} is not a keystore")
     return cast("dict[str, object]", document)

@@ -16,7 +16,7 @@ import msgspec
 from eth_account.typed_transactions.typed_transaction import TypedTransaction
 from hexbytes import HexBytes
 
-from chain.errors import ChainRefusal, Malformed, Reverted
+from chain.errors import ChainBroken, ChainRefusal, Malformed, Reverted
 from chain.evm import abi, gas
 from chain.evm.addresses import parse_address, parse_payable
 from chain.evm.reader import RawLog
@@ -49,6 +49,10 @@ class EscrowTooSmall(Reverted):
 
 class TokenPaused(Reverted):
     """Circle has paused USDC: nothing moves until it is unpaused."""
+
+
+class WrongSafe(ChainBroken):
+    """The Safe on chain is too old, or its owners or threshold are not the configured ones."""
 
 
 class _RawReceipt(msgspec.Struct):
@@ -140,17 +144,21 @@ class SafeRail:
         self.threshold = terms.threshold
         self._rpc = rpc
         self._gas_payer = gas_payer
+        self._is_checked = False
+        """Whether this process has seen the Safe as configured; nothing is sent before."""
 
     async def prepare(self, lines: Sequence[PayoutLine]) -> Unsigned:
         """Dry-run every payment from the Safe and freeze what will be signed.
 
         Raises TokenPaused, EscrowTooSmall or PayeesRefused (all Reverted); the last names every payout
-        the token would refuse, so that the planner can leave out just those.
+        the token would refuse, so that the planner can leave out just those.  WrongSafe as
+        `check_escrow`.
         """
         usdc, safe = abi.load("usdc"), abi.load("safe")
         token, terms = self.terms.network.usdc, self.terms
         fence = "0"
         terms.transaction(lines, fence)  # refuse bad lines before asking the node
+        await self.check_escrow()
         paused, balance, nonce = (
             answer.value(str)
             for answer in await self._rpc.batch(
@@ -182,7 +190,8 @@ class SafeRail:
     async def assemble(self, unsigned: Unsigned, approvals: Sequence[Approval]) -> SignedTransaction:
         """Put threshold approvals into `execTransaction`, dry-run it and sign it as gas payer.
 
-        Raises ChainRefusal for too few distinct or wrong approvals, Reverted if the Safe would refuse.
+        Raises ChainRefusal for too few distinct or wrong approvals, WrongSafe as `check_escrow`, Reverted
+        if the Safe would refuse.
         May be called again with the same approvals (OuterNonceTaken, a fee spike): the fence holds.
         """
         for approval in approvals:
@@ -192,6 +201,7 @@ class SafeRail:
             raise ChainRefusal(f"{len(by_signer)} distinct approvals of {self.threshold}")
         ascending = [by_signer[signer] for signer in sorted(by_signer)][: self.threshold]
         transaction = self.terms.transaction(unsigned.lines, unsigned.fence)
+        await self.check_escrow()  # days may lie between planning and signing
         outer = await self._gas_payer.wrap(self.terms.safe, transaction.exec_calldata(b"".join(ascending)))
         return SignedTransaction(outer.raw, outer.tx, unsigned.fence)
 
@@ -201,8 +211,22 @@ class SafeRail:
         return None if outer is None else SignedTransaction(outer.raw, outer.tx, signed.fence)
 
     async def broadcast(self, signed: SignedTransaction) -> None:
-        """Send the same bytes; see `gas.broadcast` for what it raises."""
+        """Send the same bytes; see `gas.broadcast` for what it raises, besides WrongSafe."""
+        if not self._is_checked:  # bytes on record from before a restart
+            await self.check_escrow()
         await gas.broadcast(self._rpc, signed.raw, signed.tx)
+
+    async def check_escrow(self) -> None:
+        """Raise WrongSafe unless the Safe on chain is young enough and obeys whom our settings name (A36)."""
+        found, terms = await read_terms(self.terms.network, self.terms.safe, self._rpc), self.terms
+        differs: list[str] = []
+        if sorted(found.signers) != sorted(terms.signers):  # the Safe lists them in an order of its own
+            differs.append(f"its owners are {sorted(found.signers)}, configured {sorted(terms.signers)}")
+        if found.threshold != terms.threshold:
+            differs.append(f"its threshold is {found.threshold}, configured {terms.threshold}")
+        if differs:
+            raise WrongSafe(f"Safe {terms.safe} on {self.chain}: {'; '.join(differs)}")
+        self._is_checked = True
 
     async def is_fence_spent(self, fence: str) -> bool:
         """Tell whether, at finality, the Safe's nonce is past `fence`.
@@ -214,6 +238,7 @@ class SafeRail:
     async def landed(self, signed: SignedTransaction) -> Landed | None:
         """The execution of this batch at finality, by whichever transaction; None while there is none.
 
+        WrongSafe where the configured Safe is not the one it was signed for.
         `tx` may differ from `signed.tx`: see the module's docstring.  A transaction of ours that
         reverted is no fact about the batch, whose signatures stay usable until the fence is spent.
         """
@@ -260,8 +285,13 @@ class SafeRail:
         return height, await self._nonce_at(hex(height))
 
     def _payload(self, signed: SignedTransaction) -> BatchTransaction:
-        """The SafeTx inside bytes that we signed."""
+        """The SafeTx inside bytes that we signed; WrongSafe if they are another Safe's.
+
+        Its fence would be compared with this Safe's nonce, and a batch called unpaid that may be paid.
+        """
         outer = TypedTransaction.from_bytes(HexBytes(signed.raw)).as_dict()
+        if (safe := "0x" + bytes(outer["to"]).hex()) != self.terms.safe.lower():
+            raise WrongSafe(f"the batch was signed for Safe {safe}, configured is {self.terms.safe}")
         return from_calldata(
             bytes(HexBytes(outer["data"])),
             chain_id=self.terms.network.chain_id,
@@ -283,7 +313,7 @@ class SafeRail:
                 "fromBlock": hex(max(end - SEARCH_BLOCKS + 1, 0)),
                 "toBlock": hex(end),
                 "address": self.terms.safe,
-                "topics": [kinds, digest],
+                "topics": [kinds],  # not the digest: a Safe before 1.4 has it in the data
             }
             logs = await self._rpc.call("eth_getLogs", where, shape=list[RawLog])
             if found := self._execution(logs, digest):
@@ -293,9 +323,9 @@ class SafeRail:
     def _execution(self, logs: Sequence[RawLog], digest: str) -> Landed | None:
         topics = abi.load("safe").topics
         for log in logs:
-            if log.address.lower() != self.terms.safe.lower() or log.topics[1:2] != [digest]:
+            if log.address.lower() != self.terms.safe.lower() or _executed(log) != digest:
                 continue
-            if log.topics[0] in (topics["ExecutionSuccess"], topics["ExecutionFailure"]):
+            if log.topics[:1] in ([topics["ExecutionSuccess"]], [topics["ExecutionFailure"]]):
                 return Landed(
                     tx=log.transactionHash,
                     height=quantity(log.blockNumber),
@@ -305,16 +335,21 @@ class SafeRail:
         return None
 
 
+def _executed(log: RawLog) -> str:
+    """The hash an execution's log names: a topic, or with Safes before 1.4 the data's first word."""
+    return log.topics[1] if len(log.topics) > 1 else log.data[:66]
+
+
 def _view(to: str, calldata: bytes, *, sender: str | None = None, block: str = "latest") -> Call:
     call = {"to": to, "data": "0x" + calldata.hex()}
     return Call("eth_call", (call | {"from": sender} if sender else call, block))
 
 
 async def read_terms(network: EvmNetwork, safe: str, rpc: JsonRpc) -> SafeTerms:
-    """Ask the chain for a Safe's owners and threshold, and refuse Safes older than 1.3.0.
+    """Ask the chain for a Safe's owners and threshold; WrongSafe if it is older than SAFE_VERSION_MIN.
 
-    For setting up; a signer keeps the result in his own settings, so that the chain he is shown later
-    cannot change it.
+    For setting up and for `SafeRail.check_escrow`; a signer keeps the result in his own settings, so that
+    the chain he is shown later cannot change it.
     """
     contract = abi.load("safe")
     names = ("VERSION", "getOwners", "getThreshold")
@@ -326,5 +361,6 @@ async def read_terms(network: EvmNetwork, safe: str, rpc: JsonRpc) -> SafeTerms:
     except ValueError as e:
         raise Malformed(f"Safe version {version!r}") from e
     if numbers < SAFE_VERSION_MIN:
-        raise ChainRefusal(f"Safe {version} does not bind the chain id into what is signed")
+        oldest = ".".join(map(str, SAFE_VERSION_MIN))
+        raise WrongSafe(f"Safe {safe} on {network.chain} is version {version}, older than {oldest}")
     return SafeTerms(network, parse_address(safe), tuple(parse_address(o) for o in owners), threshold)

@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from solders.keypair import Keypair
 
+from chain.errors import ChainRefusal
+
 VERSION: Final = "tollway-ed25519-1"
 SCRYPT_N: Final = 2**17
 SCRYPT_N_MAX: Final = 2**20
@@ -30,7 +32,7 @@ _FILE_BYTES_MAX: Final = 4096
 PASSWORD_CHARACTERS_MIN: Final = 8
 
 
-class KeystoreError(Exception):
+class KeystoreError(ChainRefusal):
     """A key file cannot be used."""
 
 
@@ -120,6 +122,8 @@ def _read(path: Path) -> dict[str, object]:
         body = json.loads(raw)
     except ValueError as e:
         raise BadKeystore(f"{path} is not a keystore") from e
+    if isinstance(body, dict) and "crypto" in body:
+        raise BadKeystore(f"{path} is an EVM keystore; here signs a Solana key: take the Solana one")
     if len(raw) > _FILE_BYTES_MAX or not isinstance(body, dict) or body.get("version") != VERSION:
         raise BadKeystore(f"{path} is not a keystore of version {VERSION}")
     if not isinstance(body.get("address"), str):

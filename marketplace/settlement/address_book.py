@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -27,6 +27,7 @@ from marketplace.settlement.tables import payout_addresses
 
 ADDRESSES_MAX: Final = 50
 """Addresses one person may have in use."""
+LISTED_MAX: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,11 @@ async def add(
     address = parse_payout_address(chain, text, forbidden)
     if await sanctions.listed(conn, [address]):
         raise sanctions.Sanctioned(f"{address} is on a sanctions list; use another address")
-    in_use = [entry for entry in await listing(conn, person) if entry.retired_at is None]
-    for entry in in_use:
-        if (entry.chain, entry.address) == (chain, address):
-            return entry, False
-    if len(in_use) >= ADDRESSES_MAX:
+    if (found := await find_in_use(conn, person, chain, address)) is not None:
+        return found, False
+    t = payout_addresses.c
+    in_use = select(func.count()).where(t.person_id == person, t.retired_at.is_(None))
+    if (await conn.scalar(in_use) or 0) >= ADDRESSES_MAX:
         raise WrongState(f"at most {ADDRESSES_MAX} payout addresses are in use at once; retire one first")
     entry = PayoutAddress(uuid7(), chain, address, now, now + timedelta(seconds=cooling_s), None)
     statement = insert(payout_addresses).values(
@@ -84,7 +85,7 @@ async def add(
         created_at=entry.created_at,
         usable_at=entry.usable_at,
     )
-    added = await conn.scalar(statement.on_conflict_do_nothing().returning(payout_addresses.c.id))
+    added = await conn.scalar(statement.on_conflict_do_nothing().returning(t.id))
     if added is None:  # the same request a moment ago
         found = await find_in_use(conn, person, chain, address)
         if found is None:
@@ -114,12 +115,13 @@ async def find_in_use(
 
 
 async def listing(conn: AsyncConnection, person: UUID) -> list[PayoutAddress]:
-    """Every entry of a person, retired ones included, oldest first."""
+    """A person's entries: every one in use, oldest first, then the retired ones, the last retired first."""
+    t = payout_addresses.c
     rows = await conn.execute(
         select(payout_addresses)
-        .where(payout_addresses.c.person_id == person)
-        .order_by(payout_addresses.c.id)
-        .limit(1000)
+        .where(t.person_id == person)
+        .order_by(t.retired_at.desc().nulls_first(), t.id)
+        .limit(LISTED_MAX)
     )
     return [_entry(row) for row in rows]
 

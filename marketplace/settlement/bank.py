@@ -20,7 +20,7 @@ from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import ColumnElement, Row, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -41,6 +41,7 @@ from marketplace.settlement.withdrawals import PAGE_MAX, Limits, decide, input_h
 
 ACCOUNTS_MAX: Final = 10
 """Bank accounts one person may have in use."""
+LISTED_MAX: Final = 500
 _IBAN: Final = re.compile(r"[A-Z]{2}\d{2}[A-Z0-9]{11,30}", re.ASCII)
 
 
@@ -107,17 +108,17 @@ async def add_account(
 ) -> BankAccount:
     """Add an account, usable after the cooling time (A43); one in use is given back.  He is told."""
     canonical = parse_iban(iban)
-    in_use = [a for a in await accounts_of(conn, person) if a.retired_at is None]
-    for account in in_use:
-        if account.iban == canonical:
-            return account
-    if len(in_use) >= ACCOUNTS_MAX:
+    t = bank_accounts.c
+    if (found := await _find_in_use(conn, person, t.iban == canonical)) is not None:
+        return found
+    in_use = select(func.count()).where(t.person_id == person, t.retired_at.is_(None))
+    if (await conn.scalar(in_use) or 0) >= ACCOUNTS_MAX:
         raise WrongState(f"at most {ACCOUNTS_MAX} bank accounts are in use at once; retire one first")
     made = BankAccount(uuid7(), holder, canonical, now, now + timedelta(seconds=cooling_s), None)
     row = insert(bank_accounts).values(
         id=made.id, person_id=person, holder=holder, iban=canonical, created_at=now, usable_at=made.usable_at
     )
-    added = await conn.scalar(row.on_conflict_do_nothing().returning(bank_accounts.c.id))
+    added = await conn.scalar(row.on_conflict_do_nothing().returning(t.id))
     if added is None:
         raise WrongState("the account was added a moment ago; look again")
     message = (
@@ -129,10 +130,22 @@ async def add_account(
 
 
 async def accounts_of(conn: AsyncConnection, person: UUID) -> list[BankAccount]:
-    """Every account of a person, retired ones included."""
+    """A person's accounts: every one in use, oldest first, then the retired ones, the last retired first."""
     t = bank_accounts.c
-    rows = await conn.execute(select(bank_accounts).where(t.person_id == person).order_by(t.id).limit(500))
-    return [BankAccount(r.id, r.holder, r.iban, r.created_at, r.usable_at, r.retired_at) for r in rows]
+    rows = await conn.execute(
+        select(bank_accounts)
+        .where(t.person_id == person)
+        .order_by(t.retired_at.desc().nulls_first(), t.id)
+        .limit(LISTED_MAX)
+    )
+    return [_account(row) for row in rows]
+
+
+async def _find_in_use(conn: AsyncConnection, person: UUID, which: ColumnElement[bool]) -> BankAccount | None:
+    t = bank_accounts.c
+    statement = select(bank_accounts).where(t.person_id == person, t.retired_at.is_(None), which)
+    row = (await conn.execute(statement)).one_or_none()
+    return None if row is None else _account(row)
 
 
 async def retire_account(conn: AsyncConnection, *, person: UUID, account_id: UUID, now: datetime) -> None:
@@ -161,7 +174,8 @@ async def request(
 ) -> tuple[BankWithdrawal, bool]:
     """Request `amount` (None: everything matured); gives it, and whether this call made it.
 
-    The rules are those of a withdrawal on chain, and both count towards the same KYC limits.
+    The rules are those of a withdrawal on chain, and both count towards the same KYC limits; the IBAN is the
+    address that others' withdrawals may share (A81).
     """
     inputs = input_hash(str(account_id), amount)
     earned = await lock_earnings(conn, person, now=now, reserve=limits.reserve)
@@ -171,13 +185,14 @@ async def request(
         if found.input_hash != inputs:
             raise KeyReused("this Idempotency-Key was used for another withdrawal; use a new key")
         return _withdrawal(found), False
-    usable = {a.id: a.usable_at for a in await accounts_of(conn, person) if a.retired_at is None}
+    account = await _find_in_use(conn, person, bank_accounts.c.id == account_id)
     wanted = await decide(
         conn,
         person=person,
         amount=amount,
         earned=earned,
-        usable_at=usable.get(account_id),
+        address=None if account is None else account.iban,
+        usable_at=None if account is None else account.usable_at,
         limits=limits,
         now=now,
     )
@@ -330,6 +345,10 @@ async def _move(
     t = bank_withdrawals.c
     await conn.execute(update(bank_withdrawals).where(t.id == withdrawal_id).values(changed_at=now, **values))
     return await find(conn, withdrawal_id)
+
+
+def _account(r: Row[Any]) -> BankAccount:
+    return BankAccount(r.id, r.holder, r.iban, r.created_at, r.usable_at, r.retired_at)
 
 
 def _withdrawal(r: Row[Any]) -> BankWithdrawal:

@@ -231,10 +231,13 @@ async def expire_unsigned(
 
 async def rebalance(
     engine: AsyncEngine,
+    clock: Clock,
     source: Chain | Literal["card"],
     target: Chain,
     amount: Micro,
     *,
+    arrived: str,
+    fee: Micro,
     ref: str,
     actor: str,
     reason: str,
@@ -242,7 +245,16 @@ async def rebalance(
     """Book USDC that people moved into a chain's escrow; see `treasury.rebalance`."""
     async with transaction(engine) as conn:
         await treasury.rebalance(
-            conn, source=source, target=target, amount=amount, ref=ref, actor=actor, reason=reason
+            conn,
+            source=source,
+            target=target,
+            arrived=arrived,
+            amount=amount,
+            fee=fee,
+            ref=ref,
+            actor=actor,
+            reason=reason,
+            now=clock.now(),
         )
 
 

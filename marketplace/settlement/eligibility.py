@@ -9,10 +9,15 @@ kyc_withdrawal    the amount is at most what the person's KYC tier lets out at o
                   verified identity; exactly $500.00 needs none)
 kyc_cumulative    this and all earlier withdrawals together are at most what the tier lets out in all:
                   splitting does not evade the limit
+kyc_address       nor does splitting into several accounts: the same sum, with what others whose tier is
+                  limited withdrew to the same wallet or IBAN (A81)
 address_unknown   the address is in the person's address book, in use
 address_cooling   the address has been there for the cooling time (A43)
 earnings          the amount is at most the matured earnings
 ================  ====================================================================================
+
+The rule of the address is asked last, of a request that breaks no other: whoever has neither the address nor
+the earnings learns nothing of what others withdrew to it.
 
 Standing and KYC are asked again before the money leaves: both may have lapsed (`withdrawals.over_limit`).
 """
@@ -21,8 +26,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from marketplace.ledger.money import Nano
+
+_NOTHING: Final = Nano(0)
+_VERIFY: Final = "verify your identity once (POST /api/kyc/checks), then request again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +52,8 @@ class Case:
     """What the person's KYC tier lets out at once; None: no limit."""
     total_max: Nano | None
     """The same of all withdrawals together."""
+    withdrawn_by_others: Nano = _NOTHING
+    """What others whose tiers are limited withdrew to the same address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +67,13 @@ class BrokenRule:
 
 def broken_rules(case: Case) -> tuple[BrokenRule, ...]:
     """Give every rule the withdrawal breaks; empty means it may be made."""
-    kyc = kyc_rule(
-        case.amount,
-        case.withdrawn_before + case.amount,
-        withdrawal_max=case.withdrawal_max,
-        total_max=case.total_max,
-    )
+    total = case.withdrawn_before + case.amount
+    kyc = kyc_rule(case.amount, total, withdrawal_max=case.withdrawal_max, total_max=case.total_max)
     found = (_minimum(case), _standing(case), kyc, _address(case), _earnings(case))
-    return tuple(rule for rule in found if rule is not None)
+    if any(found):
+        return tuple(rule for rule in found if rule is not None)
+    shared = kyc_address_rule(total + case.withdrawn_by_others, total_max=case.total_max)
+    return () if shared is None else (shared,)
 
 
 def _minimum(case: Case) -> BrokenRule | None:
@@ -90,14 +100,24 @@ def kyc_rule(
     amount: Nano, total: Nano, *, withdrawal_max: Nano | None, total_max: Nano | None
 ) -> BrokenRule | None:
     """Which KYC limit `amount` breaks, being the last part of `total`."""
-    remedy = "verify your identity once (POST /api/kyc/checks), then request again"
     if withdrawal_max is not None and amount > withdrawal_max:
         message = f"withdrawals over ${withdrawal_max} need a verified identity"
-        return BrokenRule("kyc_withdrawal", message, remedy)
+        return BrokenRule("kyc_withdrawal", message, _VERIFY)
     if total_max is not None and total > total_max:
         message = f"withdrawals of ${total} in all, over ${total_max}, need a verified identity"
-        return BrokenRule("kyc_cumulative", message, remedy)
+        return BrokenRule("kyc_cumulative", message, _VERIFY)
     return None
+
+
+def kyc_address_rule(total: Nano, *, total_max: Nano | None) -> BrokenRule | None:
+    """Whether `total`, a person's and others' to one address, is over his limit; says nothing of theirs."""
+    if total_max is None or total <= total_max:
+        return None
+    message = (
+        f"withdrawals over ${total_max} in all, those of other accounts to the same address included, "
+        "need a verified identity"
+    )
+    return BrokenRule("kyc_address", message, _VERIFY)
 
 
 def _address(case: Case) -> BrokenRule | None:

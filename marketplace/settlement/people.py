@@ -1,6 +1,7 @@
 """Whether a person is in good standing.
 
-Each decision is a row with actor and reason; the newest counts, the older ones are the journal.
+Each decision is a row with actor and reason; the newest counts, the older ones are the journal.  Whoever's
+account is frozen is in no good standing either, whatever was decided, until it is unfrozen.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from datetime import datetime
 from typing import Final
 from uuid import UUID
 
-from sqlalchemy import Select, insert, select
+from sqlalchemy import CompoundSelect, DateTime, Select, Uuid, column, insert, select, table, union
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -19,6 +20,9 @@ from marketplace.settlement.errors import NotFound
 from marketplace.settlement.tables import standings
 
 REASON_CHARACTERS_MAX: Final = 1000
+FROZEN: Final = "this account is frozen"
+_PEOPLE: Final = table("people", column("id", Uuid), column("frozen_at", DateTime(timezone=True)))
+"""Accounts' table, of which settlement asks only who is frozen."""
 
 
 async def set_standing(
@@ -40,10 +44,12 @@ async def bad_standings(conn: AsyncConnection, persons: Collection[UUID]) -> dic
         .where(standings.c.person_id.in_(persons))
         .order_by(standings.c.person_id, standings.c.id.desc())
     )
-    return {row.person_id: row.reason for row in await conn.execute(newest) if not row.is_good}
+    bad = {row.person_id: row.reason for row in await conn.execute(newest) if not row.is_good}
+    frozen = await conn.scalars(_frozen().where(_PEOPLE.c.id.in_(persons)))
+    return bad | dict.fromkeys(frozen, FROZEN)
 
 
-def in_bad_standing() -> Select[tuple[UUID]]:
+def in_bad_standing() -> CompoundSelect[tuple[UUID]]:
     """Whoever is not in good standing, for use inside another statement."""
     newest = (
         select(standings.c.person_id, standings.c.is_good)
@@ -51,4 +57,8 @@ def in_bad_standing() -> Select[tuple[UUID]]:
         .order_by(standings.c.person_id, standings.c.id.desc())
         .subquery()
     )
-    return select(newest.c.person_id).where(~newest.c.is_good)
+    return union(select(newest.c.person_id).where(~newest.c.is_good), _frozen())
+
+
+def _frozen() -> Select[tuple[UUID]]:
+    return select(_PEOPLE.c.id).where(_PEOPLE.c.frozen_at.is_not(None))

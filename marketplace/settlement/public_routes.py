@@ -143,7 +143,9 @@ class Rebalancing(BaseModel):
         description="whose escrow it left; `card`: bought with card money"
     )
     target: Chain = Field(description="whose escrow it arrived in")
-    amount_micro: Annotated[int, Field(gt=0, le=10**15)]
+    arrived: Annotated[str, Field(min_length=1, max_length=200, description="the deposit's key there")]
+    amount_micro: Annotated[int, Field(gt=0, le=10**15, description="exactly what that deposit brought")]
+    fee_micro: Annotated[int, Field(ge=0, le=10**15, description="left too, kept on the way")] = 0
     ref: Annotated[str, Field(min_length=1, max_length=200, description="the movement's own name")]
     reason: Annotated[str, Field(min_length=1, max_length=800)]
 
@@ -304,7 +306,9 @@ async def get_treasury(services: ServicesDep, identity: AdminIdentity) -> CoverB
 @router.post(
     "/treasury/rebalancings",
     status_code=204,
-    responses=errors(s409="it has not arrived, the source has less, or the ref names another movement"),
+    responses=errors(
+        s409="it has not arrived, is somebody's, is another amount, or is booked; the source has less"
+    ),
     tags=["settlement"],
 )
 async def book_rebalancing(services: ServicesDep, identity: AdminIdentity, body: Rebalancing) -> None:
@@ -314,8 +318,11 @@ async def book_rebalancing(services: ServicesDep, identity: AdminIdentity, body:
             conn,
             source=body.source,
             target=body.target,
+            arrived=body.arrived,
             amount=Micro(body.amount_micro),
+            fee=Micro(body.fee_micro),
             ref=body.ref,
             actor=actor_of(identity),
             reason=body.reason,
+            now=services.clock.now(),
         )

@@ -6,6 +6,7 @@ refresh replaces the whole list, or nothing.  EVM addresses are compared without
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,8 @@ from marketplace.settlement.errors import SettlementRefusal
 from marketplace.settlement.tables import sanctioned_addresses
 
 BYTES_MAX: Final = 16 * 1024 * 1024
-ADDRESS_CHARACTERS_MAX: Final = 100
+_ADDRESS: Final = re.compile(r"0[xX][0-9a-fA-F]{40}|(?!0[xX])[0-9a-zA-Z]{32,44}")
+"""As long as deposits' list of senders takes; other chains' are let pass, published lists name those too."""
 ROWS_PER_STATEMENT: Final = 5_000
 
 
@@ -35,7 +37,7 @@ class Sanctioned(SettlementRefusal):
 
 
 def read_list(path: Path) -> frozenset[str]:
-    """Read a list; BadList if it is empty, too large, or not one address a line."""
+    """Read a list; BadList if it is empty, too large, or not one address a line; it names the line."""
     try:
         with path.open("rb") as file:
             raw = file.read(BYTES_MAX + 1)
@@ -46,8 +48,9 @@ def read_list(path: Path) -> frozenset[str]:
     found = frozenset(canonical(line) for line in lines if line)
     if len(raw) > BYTES_MAX or not found:
         raise BadList(f"{path} is empty or over {BYTES_MAX} bytes")
-    if wrong := [line for line in found if len(line) > ADDRESS_CHARACTERS_MAX or not line.isalnum()]:
-        raise BadList(f"{path}: {wrong[0][:60]!r} is not an address")
+    for number, line in enumerate(lines, 1):
+        if line and not _ADDRESS.fullmatch(line):
+            raise BadList(f"{path}, line {number}: {line[:60]!r} is not an address")
     return found
 
 

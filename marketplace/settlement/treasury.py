@@ -9,23 +9,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Final, Literal
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.networks import Chain
 from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
+from marketplace.ledger import errors as ledger_errors
 from marketplace.ledger import templates
-from marketplace.ledger.accounts import read_balance
+from marketplace.ledger.accounts import TransferKind, read_balance
 from marketplace.ledger.money import Nano, from_micro
-from marketplace.ledger.posting import find_transfer, post_transfer
+from marketplace.ledger.posting import find_transfer, post_transfers
 from marketplace.settlement import earnings
 from marketplace.settlement.batches import lock_chain
 from marketplace.settlement.earnings import Reserve
-from marketplace.settlement.errors import WrongState
+from marketplace.settlement.errors import KeyReused, WrongState
 from marketplace.settlement.tables import withdrawals
+
+NOTHING: Final = Micro(0)
+_ARRIVED: Final = text(
+    """
+    SELECT amount_micro FROM deposits
+    WHERE chain = :chain AND key = :movement AND transfer_ref = :ref
+      AND status = 'final' AND person_id IS NULL AND is_direct
+    FOR UPDATE"""
+)
+"""Locked as an attribution locks it: it is either somebody's or ours."""
+_DECIDE: Final = text(
+    """
+    INSERT INTO deposit_decisions (chain, key, decision, actor, reason, at)
+    VALUES (:chain, :key, 'leave', :actor, :reason, :at)"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,38 +111,83 @@ async def rebalance(
     *,
     source: Chain | Literal["card"],
     target: Chain,
+    arrived: str,
     amount: Micro,
     ref: str,
     actor: str,
     reason: str,
+    now: datetime,
+    fee: Micro = NOTHING,
 ) -> None:
     """Book USDC that people moved into `target`'s escrow: from another chain's, or bought with card money.
 
-    What arrives in an escrow from nobody we know is booked by the watcher, final, as unattributed; this says
-    that it was ours: unattributed:target → escrow:source (or Stripe's available money).  `ref` names the
-    movement (the transaction that left, the purchase), so that it is booked once.  WrongState unless that
-    much has arrived, and the source has it.  Halt the source chain's payouts between sending and booking:
-    until then its books say more than its escrow holds, which S1 reports.
+    What arrives in an escrow from nobody we know is booked by the watcher, final, as unattributed, beside
+    what is people's own and waits.  So this names the one deposit that was ours by its key (`arrived`) and
+    moves exactly its `amount`: unattributed:target → escrow:source (or Stripe's available money).  That is
+    booked once and closes the deposit's case; it is nobody's to claim any more.  What a bridge kept is `fee`:
+    fees → escrow:source; one forgotten is added by saying the rest again.  `ref` names the movement (the
+    transaction that left, the purchase).  WrongState unless that deposit brought that much, and the source
+    has it; KeyReused if it is booked in other words.  Halt the source chain's payouts between sending and
+    booking: until then, and for a fee not booked, its books say more than its escrow holds (S1 reports it).
     """
-    nano = from_micro(amount.n)
-    given = ledger_accounts.STRIPE_AVAILABLE if source == "card" else ledger_accounts.escrow(source.value)
-    entry = templates.correction(
-        debit=ledger_accounts.unattributed(target.value),
-        credit=given,
-        amount=nano,
-        ref=f"rebalance:{ref}",
-        note=f"{actor}: {reason}",
-    )
-    if await find_transfer(conn, entry.kind, entry.ref) is not None:
-        await post_transfer(conn, entry)  # a replay, or refused as another movement under this name
-        return
+    entries = _entries(source, target, arrived, amount, fee, f"{actor}: {ref}: {reason}")
     await lock_chain(conn, target)
-    arrived = await read_balance(conn, ledger_accounts.unattributed(target.value))
-    if arrived is None or arrived.available.n < nano.n:
-        raise WrongState(f"${nano} has not arrived unattributed in the escrow on {target}, at finality")
-    if await _has(conn, source) < nano.n:
-        raise WrongState(f"{source} has no ${nano} to give beyond what is in flight")
-    await post_transfer(conn, entry)
+    fresh = [entry for entry in entries if await find_transfer(conn, entry.kind, entry.ref) is None]
+    if entries[0] in fresh:
+        brought = await _brought(conn, target, arrived)
+        if brought is None:
+            raise WrongState(f"{arrived} has not arrived in the escrow on {target}, final and nobody's")
+        if brought != entries[0].amount:
+            raise WrongState(f"{arrived} brought ${brought}, not ${entries[0].amount}: a fee goes beside it")
+    given = Nano(sum(entry.amount.n for entry in fresh))
+    if fresh and await _has(conn, source) < given.n:
+        raise WrongState(f"{source} has no ${given} to give beyond what is in flight")
+    try:
+        outcomes = await post_transfers(conn, entries)
+    except ledger_errors.KeyReused as e:
+        raise KeyReused(f"{arrived} is booked as another movement already") from e
+    if outcomes[0]:  # no replay
+        decided = {"chain": target.value, "key": arrived, "actor": actor, "at": now}
+        await conn.execute(_DECIDE, decided | {"reason": f"rebalance {ref}: {reason}"[:1000]})
+
+
+def _entries(
+    source: Chain | Literal["card"],
+    target: Chain,
+    arrived: str,
+    amount: Micro,
+    fee: Micro,
+    note: str,
+) -> list[templates.Transfer]:
+    """The movement, and its fee if it had one."""
+    given = ledger_accounts.STRIPE_AVAILABLE if source == "card" else ledger_accounts.escrow(source.value)
+    # Without the `#2` of what the chain took back and brought again: it is the same payment of ours, and an
+    # attribution (`deposits.decisions`) looks for this very key.
+    movement = f"{target.value}:{arrived.partition('#')[0]}"
+    moved = [(ledger_accounts.unattributed(target.value), amount.n, f"rebalance:{movement}")]
+    if fee.n:
+        moved.append((ledger_accounts.FEES, fee.n, f"rebalance-fee:{movement}"))
+    return [
+        templates.correction(
+            debit=debit,
+            credit=given,
+            amount=from_micro(micro),
+            ref=key,
+            note=note[: templates.NOTE_CHARACTERS_MAX],
+        )
+        for debit, micro, key in moved
+    ]
+
+
+async def _brought(conn: AsyncConnection, chain: Chain, key: str) -> Nano | None:
+    """What this deposit brought into the escrow, locked; None unless it is final and nobody's."""
+    ref = f"{chain.value}:{key}"
+    if key.startswith("opening:"):  # what the escrow held before it was watched has no row
+        opening = await find_transfer(conn, TransferKind.DEPOSIT_UNATTRIBUTED, ref)
+        return None if opening is None else opening.amount
+    named = {"chain": chain.value, "movement": key.partition("#")[0], "ref": ref}
+    micro = await conn.scalar(_ARRIVED, named)
+    return None if micro is None else from_micro(int(micro))
 
 
 async def _has(conn: AsyncConnection, source: Chain | Literal["card"]) -> int:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, Self
 from uuid import UUID
 
-from sqlalchemy import Row, func, insert, select, text, update
+from sqlalchemy import Row, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chain.networks import Chain
@@ -29,9 +29,9 @@ from marketplace.platform.ids import uuid7
 from marketplace.platform.settings import Settings
 from marketplace.settlement import address_book, kyc, people
 from marketplace.settlement.earnings import Earnings, Reserve, lock_earnings
-from marketplace.settlement.eligibility import Case, broken_rules, kyc_rule
+from marketplace.settlement.eligibility import Case, broken_rules, kyc_address_rule, kyc_rule
 from marketplace.settlement.errors import KeyReused, NotEligible, NotFound, WrongState
-from marketplace.settlement.tables import bank_withdrawals, withdrawals
+from marketplace.settlement.tables import withdrawals
 
 KEY_CHARACTERS_MAX: Final = 200
 PAGE_MAX: Final = 200
@@ -46,10 +46,6 @@ class Status(StrEnum):
     FAILED = "failed"
     """Refused when it was to be planned; the money stayed in earnings."""
     CANCELLED = "cancelled"
-
-
-GIVEN_UP: Final = (Status.FAILED.value, Status.CANCELLED.value)
-"""What does not count towards the cumulative KYC limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +109,7 @@ async def request(
         person=person,
         amount=amount,
         earned=earned,
+        address=None if entry is None else address,
         usable_at=None if entry is None else entry.usable_at,
         limits=limits,
         now=now,
@@ -144,27 +141,31 @@ async def decide(
     person: UUID,
     amount: Micro | None,
     earned: Earnings,
+    address: str | None,
     usable_at: datetime | None,
     limits: Limits,
     now: datetime,
 ) -> Micro:
     """Give what may be withdrawn: `amount`, or everything matured; the same rules on chain and at a bank.
 
-    `usable_at` is None where the address book has no such address; the earnings are locked.  NotEligible
-    says every broken rule and its remedy; its code is the first rule's name.
+    `address` (at a bank the IBAN) and `usable_at` are None where the address book has no such address; the
+    earnings are locked.  NotEligible says every broken rule and its remedy; its code is the first rule's
+    name.  The lock is one person's: of two who ask at once for one address `over_limit` bars the younger.
     """
     wanted = amount if amount is not None else Micro(to_micro(earned.matured)[0])
     tier = await kyc.tier_of(conn, person)
+    before, by_others = await withdrawn_before(conn, person, address or "")
     case = Case(
         amount=from_micro(wanted.n),
         matured=earned.matured,
-        withdrawn_before=await withdrawn_before(conn, person),
+        withdrawn_before=before,
         bad_standing=(await people.bad_standings(conn, [person])).get(person),
         address_usable_at=usable_at,
         now=now,
         minimum=limits.minimum,
         withdrawal_max=tier.withdrawal_max,
         total_max=tier.total_max,
+        withdrawn_by_others=by_others,
     )
     if broken := broken_rules(case):
         told = "; ".join(f"{rule.message} ({rule.remedy})" for rule in broken)
@@ -222,52 +223,96 @@ async def listing(
     return [_withdrawal(row) for row in await conn.execute(statement)]
 
 
-async def withdrawn_before(conn: AsyncConnection, person: UUID) -> Nano:
-    """What was paid, or may still be, on chain and at the bank: what counts towards the KYC limit in all."""
-    total = 0
-    for table, given_up in ((withdrawals, GIVEN_UP), (bank_withdrawals, ("refused", "cancelled"))):
-        counted = select(func.coalesce(func.sum(table.c.amount_micro), 0)).where(
-            table.c.person_id == person, table.c.status.not_in(given_up)
-        )
-        total += int(await conn.scalar(counted) or 0)
-    return from_micro(total)
+async def withdrawn_before(conn: AsyncConnection, person: UUID, address: str) -> tuple[Nano, Nano]:
+    """What was paid, or may still be, and counts towards a limited person's limit in all: his own, others'.
+
+    His own on chain and at the bank, wherever to; others' only to `address`, and only of limited people.
+    """
+    found = await _counted(conn, [person], [address], await _limited(conn))
+    own = sum(row.amount_micro for row in found if row.person_id == person)
+    others = sum(row.amount_micro for row in found if row.person_id != person)
+    return from_micro(int(own)), from_micro(int(others))
 
 
 async def over_limit(conn: AsyncConnection, persons: Collection[UUID]) -> dict[UUID, str]:
     """Of these persons' waiting requests those that today's KYC limits no longer let out, and why (R16).
 
-    A person's tier or a tier's limits may have changed since he asked.  A request counts together with what
-    was paid or is being paid, on chain and at the bank, and with his older requests that may still go out.
+    A person's tier or a tier's limits may have changed since he asked, and two accounts that asked at once
+    for the same address did not see each other's request.  A request counts together with what was paid or
+    is being paid, on chain and at the bank, and with older requests that may still go out: his own, and to
+    its address those of others whose tier is limited (A81).
     """
-    limits = {p: tier for p, tier in (await kyc.tiers_of(conn, persons)).items() if tier.is_limited}
+    tiers = await _limited(conn)
+    asked = {p for p, tier in (await kyc.tiers_of(conn, persons)).items() if tier.is_limited}
+    addresses = list(await conn.scalars(_WAITING_AT, {"persons": list(asked)}))
     total: dict[UUID, Nano] = defaultdict(lambda: Nano(0))
+    there: dict[str, Nano] = defaultdict(lambda: Nano(0))
+    his_there: dict[tuple[UUID, str], Nano] = defaultdict(lambda: Nano(0))
     over: dict[UUID, str] = {}
-    for row in await conn.execute(_COUNTED, {"persons": list(limits)}):
-        tier, amount = limits[row.person_id], from_micro(int(row.amount_micro))
-        broken = row.waiting and kyc_rule(
-            amount, total[row.person_id] + amount,
-            withdrawal_max=tier.withdrawal_max, total_max=tier.total_max,
-        )  # fmt: skip
-        if broken:
+    for row in await _counted(conn, asked, addresses, tiers):
+        tier, amount, key = tiers[row.tier], from_micro(int(row.amount_micro)), (row.person_id, row.address)
+        own = total[row.person_id] + amount
+        shared = own + there[row.address] - his_there[key]
+        broken = row.waiting and (
+            kyc_rule(amount, own, withdrawal_max=tier.withdrawal_max, total_max=tier.total_max)
+            or kyc_address_rule(shared, total_max=tier.total_max)
+        )
+        if not broken:
+            total[row.person_id] = own
+            there[row.address] += amount
+            his_there[key] += amount
+        elif row.person_id in asked:  # not another's, of whom only what he has at these addresses was read
             over[row.waiting] = f"{broken.message} ({broken.remedy})"
-        else:
-            total[row.person_id] += amount
     return over
+
+
+async def _limited(conn: AsyncConnection) -> dict[str, kyc.Tier]:
+    return {name: tier for name, tier in (await kyc.tiers(conn)).items() if tier.is_limited}
+
+
+async def _counted(
+    conn: AsyncConnection, persons: Collection[UUID], addresses: Collection[str], tiers: Collection[str]
+) -> Sequence[Row[Any]]:
+    found = await conn.execute(
+        _COUNTED,
+        {"persons": list(persons), "addresses": list(addresses), "tiers": list(tiers), "none": kyc.NONE},
+    )
+    return found.all()
 
 
 _COUNTED: Final = text(
     """
-    SELECT person_id, waiting, sum(amount_micro) AS amount_micro FROM (
-        SELECT person_id, CASE WHEN status = 'requested' THEN id END AS waiting, amount_micro
-        FROM withdrawals WHERE status NOT IN ('failed', 'cancelled')
-        UNION ALL
-        SELECT person_id, CASE WHEN status = 'requested' THEN id END, amount_micro
-        FROM bank_withdrawals WHERE status NOT IN ('refused', 'cancelled')
-    ) AS counted
-    WHERE person_id = ANY(CAST(:persons AS UUID[]))
-    GROUP BY person_id, waiting ORDER BY person_id, waiting NULLS FIRST"""
+    SELECT person_id, tier, address, waiting, amount_micro FROM (
+        SELECT person_id, address, waiting, sum(amount_micro) AS amount_micro FROM (
+            SELECT person_id, address, CASE WHEN status = 'requested' THEN id END AS waiting, amount_micro
+            FROM withdrawals WHERE status NOT IN ('failed', 'cancelled')
+                AND (person_id = ANY(CAST(:persons AS UUID[])) OR address = ANY(CAST(:addresses AS TEXT[])))
+            UNION ALL
+            SELECT w.person_id, a.iban, CASE WHEN w.status = 'requested' THEN w.id END, w.amount_micro
+            FROM bank_withdrawals w JOIN bank_accounts a ON a.id = w.account_id
+            WHERE w.status NOT IN ('refused', 'cancelled')
+                AND (w.person_id = ANY(CAST(:persons AS UUID[])) OR w.account_id = ANY(ARRAY(
+                    SELECT id FROM bank_accounts WHERE iban = ANY(CAST(:addresses AS TEXT[])))))
+        ) AS counted GROUP BY person_id, address, waiting
+    ) AS summed CROSS JOIN LATERAL (
+        SELECT coalesce((
+            SELECT tier FROM kyc WHERE kyc.person_id = summed.person_id ORDER BY kyc.id DESC LIMIT 1
+        ), :none) AS tier
+    ) AS decided
+    WHERE tier = ANY(CAST(:tiers AS TEXT[]))
+    ORDER BY waiting NULLS FIRST"""
 )
-"""Per person first what is out, in one sum, then each request that waits, oldest first (by its uuid7)."""
+"""What people of `tiers` have out, a sum a person and address, then each request that waits, oldest first (by
+its uuid7): all of `persons`, and to `addresses` (an IBAN at the bank) everybody's.  A wallet is the same on
+Ethereum and on Base; what is only people's without a limit, a company's treasury, is left out here."""
+_WAITING_AT: Final = text(
+    """
+    SELECT address FROM withdrawals
+    WHERE status = 'requested' AND person_id = ANY(CAST(:persons AS UUID[]))
+    UNION
+    SELECT a.iban FROM bank_withdrawals w JOIN bank_accounts a ON a.id = w.account_id
+    WHERE w.status = 'requested' AND w.person_id = ANY(CAST(:persons AS UUID[]))"""
+)
 
 
 async def _by_key(conn: AsyncConnection, person: UUID, key: str, inputs: bytes) -> Withdrawal | None:

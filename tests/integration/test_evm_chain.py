@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +24,15 @@ from chain.errors import ChainRefusal, Malformed, Reverted, RpcUnavailable, Unkn
 from chain.evm import abi, gas
 from chain.evm.forwarders import Forwarders, deposit_salt, factory_address
 from chain.evm.keystore import sign_digest
-from chain.evm.payouts import LABEL, EscrowTooSmall, PayeesRefused, SafeRail, TokenPaused, read_terms
+from chain.evm.payouts import (
+    LABEL,
+    EscrowTooSmall,
+    PayeesRefused,
+    SafeRail,
+    TokenPaused,
+    WrongSafe,
+    read_terms,
+)
 from chain.evm.reader import TRANSFER_TOPIC, EvmReader
 from chain.evm.rpc import JsonRpc
 from chain.evm.sweeps import Sweeper, sweeps_in
@@ -388,6 +396,23 @@ async def test_a_strangers_execution_of_our_calldata_counts_as_ours(base: World)
     assert landed is not None
     assert (landed.tx, landed.is_success) == (theirs.tx, True)
     assert await base.reader.usdc_balance(line.to) == Micro(10)
+
+
+async def test_a36_a_safe_with_other_owners_than_configured_is_not_paid_from(world: World) -> None:
+    await world.fund(world.deployment.safe, 10)
+    lines = [PayoutLine("p", a_payee(), Micro(10))]
+    unsigned = await world.rail.prepare(lines)
+    theirs = tuple(localnet.address_of(key) for key in (*OWNERS[:2], STRANGER))
+    wrong = replace(world.rail.terms, signers=theirs, threshold=1)
+    rail = SafeRail(wrong, world.rpc, gas.GasPayer(world.rpc, world.network.chain_id, RELAYER))
+    said = f"its owners are .*, configured .*{theirs[2]}.*; its threshold is 2, configured 1"
+    with pytest.raises(WrongSafe, match=said):
+        await rail.prepare(lines)
+    with pytest.raises(WrongSafe, match=said):
+        await rail.assemble(unsigned, approve(unsigned, OWNERS[0], OWNERS[1]))
+    with pytest.raises(WrongSafe, match=said):
+        await rail.broadcast(await world.rail.assemble(unsigned, approve(unsigned, OWNERS[0], OWNERS[1])))
+    assert await world.reader.usdc_balance(lines[0].to) == Micro(0)
 
 
 async def test_of_two_batches_over_one_nonce_one_lands(base: World) -> None:

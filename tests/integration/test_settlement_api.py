@@ -19,7 +19,10 @@ from chain.networks import BASE, ETHEREUM, SOLANA
 from chain.ports import PayoutLine
 from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
+from marketplace.ledger import templates
 from marketplace.ledger.accounts import find_account
+from marketplace.ledger.money import Nano
+from marketplace.ledger.posting import post_transfer
 from marketplace.platform.database import transaction
 from marketplace.platform.http import Identity, Refusal, Services, install_error_handlers
 from marketplace.platform.ids import uuid7
@@ -268,6 +271,28 @@ async def test_admins_see_who_was_left_out_and_what_waits(office: Office) -> Non
     shown = (await office.call("GET", f"/withdrawals/{waits.id}", ben)).json()
     assert shown["refusal"] == case["refusal"]
     assert (await office.call("GET", "/admin/withdrawals", ann)).status_code == 403
+
+
+async def test_an_admin_books_usdc_that_was_moved_by_the_deposit_it_arrived_as(office: Office) -> None:
+    """A bridge kept 2 of 100."""
+    await office.desk.operator(150)  # 150 in the escrow on Base
+    arrived = templates.deposit_unattributed(
+        chain="ethereum", amount=Nano(98 * 10**9), ref="ethereum:opening:7"
+    )
+    async with transaction(office.desk.engine) as conn:
+        await post_transfer(conn, arrived)
+    said = {"source": "base", "target": "ethereum", "arrived": "opening:7", "ref": "0xout", "reason": "x"}
+    for changed, status in (
+        ({"amount_micro": 100 * 10**6}, 409),
+        ({"amount_micro": 98 * 10**6, "fee_micro": -1}, 400),
+        ({"amount_micro": 98 * 10**6, "fee_micro": 2 * 10**6}, 204),
+        ({"amount_micro": 98 * 10**6, "fee_micro": 2 * 10**6}, 204),
+        ({"amount_micro": 98 * 10**6, "ref": "0xother"}, 409),
+    ):
+        answer = await office.call("POST", "/treasury/rebalancings", office.admin, said | changed)
+        assert answer.status_code == status, answer.text
+    assert await office.desk.posted(ledger_accounts.escrow("base")) == -50 * 10**9
+    assert await office.desk.posted(ledger_accounts.FEES) == -2 * 10**9
 
 
 async def test_only_admins_plan_and_decide(office: Office) -> None:

@@ -167,6 +167,33 @@ async def test_a47_the_database_itself_knows_two_people(desk: Desk) -> None:
             )
 
 
+async def test_however_many_were_retired_those_in_use_are_counted_shown_and_paid_to(desk: Desk) -> None:
+    ann = await desk.operator(100)
+    retired = (
+        "INSERT INTO bank_accounts (id, person_id, holder, iban, created_at, usable_at, retired_at)"
+        " SELECT (lpad(g::text, 8, '0') || '-0000-7000-8000-000000000000')::uuid, :person, 'Ann',"
+        " 'GB82WEST12345698765432', :now, :now, :now FROM generate_series(1, 500) g"
+    )
+    async with transaction(desk.engine) as conn:
+        await conn.execute(text(retired), {"person": ann, "now": desk.clock.now()})
+    account = await account_of(desk, ann)
+    assert await account_of(desk, ann) == account, "one in use is given back"
+    await requested(desk, ann, account, 60)
+    async with transaction(desk.engine) as conn:
+        shown = await bank.accounts_of(conn, ann)
+        assert (shown[0].id, len(shown)) == (account, 500)
+        for n in range(1, 10):
+            iban = f"GB{98 - int(f'3214282912345698765{n:03d}161100') % 97:02d}WEST12345698765{n:03d}"
+            await bank.add_account(
+                conn, person=ann, holder="Ann", iban=iban, cooling_s=0, now=desk.clock.now()
+            )
+        with pytest.raises(WrongState, match="at most 10"):
+            await bank.add_account(
+                conn, person=ann, holder="Ann", iban="DE89370400440532013000", cooling_s=0,
+                now=desk.clock.now(),
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize("wrong", ["GB82WEST12345698765433", "GB00", "XX", "DE89370400440532013000€", ""])
 def test_what_is_no_iban_is_refused(wrong: str) -> None:
     assert bank.parse_iban("de89 3704 0044 0532 0130 00") == "DE89370400440532013000"

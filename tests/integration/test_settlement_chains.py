@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.evm import keystore as evm_keystore
+from chain.evm.rpc import JsonRpc
 from chain.networks import Chain
 from chain.payouts import Payout
 from chain.solana import keystore as solana_keystore
@@ -19,7 +20,8 @@ from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
 from marketplace.platform.clock import SystemClock
 from marketplace.platform.database import transaction
-from marketplace.settlement import address_book, batches, commands, service, withdrawals
+from marketplace.platform.settings import ChainsConfig
+from marketplace.settlement import address_book, batches, commands, halts, service, withdrawals
 from marketplace.settlement.errors import ApprovalRefused, ExportRefused
 from marketplace.settlement.sanctions import BadList
 from marketplace.settlement.service import Schedule
@@ -28,6 +30,8 @@ from tests.settlement_parts import LIMITS, a_person, earn, posted
 from tests.settlement_rigs import PASSPHRASE, Rig, a_base_rig, a_solana_rig
 
 pytestmark = pytest.mark.chains
+
+SAFE_THRESHOLD_SLOT = "0x4"
 
 
 @pytest.fixture(params=[a_base_rig, a_solana_rig], ids=["base", "solana"])
@@ -64,13 +68,21 @@ async def requested(engine: AsyncEngine, rig: Rig, micro: int) -> withdrawals.Wi
     return made
 
 
+@pytest.fixture
+async def base(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with a_base_rig(tmp_path, 100_000_000) as made:
+        yield made
+
+
 @asynccontextmanager
-async def settling(engine: AsyncEngine, rig: Rig) -> AsyncIterator[None]:
+async def settling(
+    engine: AsyncEngine, rig: Rig, chains: ChainsConfig | None = None
+) -> AsyncIterator[asyncio.Task[None]]:
     stop = asyncio.Event()
     running = asyncio.create_task(
         service.settle(
             engine,
-            rig.chains,
+            chains or rig.chains,
             SystemClock(),
             stop,
             settler_dir=rig.folder,
@@ -79,7 +91,7 @@ async def settling(engine: AsyncEngine, rig: Rig) -> AsyncIterator[None]:
         )
     )
     try:
-        yield
+        yield running
     finally:
         stop.set()
         await running
@@ -194,3 +206,46 @@ async def test_a_signer_refuses_what_his_own_settings_do_not_say(engine: AsyncEn
     forged = approval.read_bytes().replace(document.signer.encode(), other_signer.encode())
     with pytest.raises(ApprovalRefused):
         await commands.approve(engine, rig.chains, clock, forged, pushed_by="eve")
+
+
+async def test_a36_a_threshold_lowered_on_chain_halts_payouts_before_a_plan(
+    engine: AsyncEngine, base: Rig
+) -> None:
+    """One stolen key would be enough by then: nothing is planned until a person has looked."""
+    assert isinstance(base.rpc, JsonRpc)
+    await requested(engine, base, 20_000_000)
+    clock = SystemClock()
+    await base.rpc.call("anvil_setStorageAt", base.escrow, SAFE_THRESHOLD_SLOT, word(1), shape=object)
+    async with settling(engine, base):
+        asked = await commands.plan(engine, clock, base.chain, asked_by="ada", wait_s=20)
+        assert asked.code == "halted"
+        async with transaction(engine) as conn:
+            why = await halts.halted(conn, base.chain)
+            assert await batches.listing(conn) == []
+            assert why is not None
+            assert why.startswith("WrongSafe: ")
+            assert "its threshold is 1, configured 2" in why
+        await base.rpc.call("anvil_setStorageAt", base.escrow, SAFE_THRESHOLD_SLOT, word(2), shape=object)
+        async with transaction(engine) as conn:
+            await halts.lift(conn, rail=base.chain.value, actor="ada", reason="put right", now=clock.now())
+        asked = await commands.plan(engine, clock, base.chain, asked_by="ada", wait_s=20)
+    assert asked.code == "planned", asked.outcome
+
+
+async def test_a_settler_started_while_its_node_is_down_waits_for_it(engine: AsyncEngine, base: Rig) -> None:
+    await requested(engine, base, 20_000_000)
+    clock = SystemClock()
+    down = base.chains.base.model_copy(update={"rpc": ("http://127.0.0.1:9",)})
+    async with settling(engine, base, base.chains.model_copy(update={"base": down})) as running:
+        asked = await commands.plan(engine, clock, base.chain, asked_by="ada", wait_s=1)
+        assert asked.done_at is None
+        assert not running.done()
+        async with transaction(engine) as conn:
+            assert await halts.halted(conn, base.chain) is None
+    async with settling(engine, base):
+        asked = await commands.plan(engine, clock, base.chain, asked_by="ada", wait_s=20)
+    assert asked.code == "planned", asked.outcome
+
+
+def word(n: int) -> str:
+    return "0x" + n.to_bytes(32).hex()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import Table, text
@@ -341,6 +342,27 @@ async def test_a_new_address_cools_and_a_retired_one_is_unknown(desk: Desk) -> N
     with pytest.raises(NotEligible) as refused:
         await desk.request(ann, 20, "k2")
     assert refused.value.code == "address_unknown"
+
+
+async def test_however_many_were_retired_those_in_use_are_counted_and_shown(desk: Desk) -> None:
+    ann = await desk.operator(40)
+    retired = (
+        "INSERT INTO payout_addresses (id, person_id, chain, address, created_at, usable_at, retired_at)"
+        " SELECT (lpad(g::text, 8, '0') || '-0000-7000-8000-000000000000')::uuid, :person, 'base',"
+        " '0x' || lpad(g::text, 40, '1'), :now, :now, CAST(:now AS timestamptz) + g * interval '1 s'"
+        " FROM generate_series(1, 1000) g"
+    )
+    async with transaction(desk.engine) as conn:
+        await conn.execute(text(retired), {"person": ann, "now": NOW})
+        (first, *_) = await address_book.listing(conn, ann)
+        added = [await desk.add_address(conn, ann, f"0x{7 * 10**39 + n}") for n in range(49)]
+        with pytest.raises(WrongState, match="at most 50"):
+            await desk.add_address(conn, ann, f"0x{8 * 10**39}")
+        assert await desk.add_address(conn, ann, added[-1].address) == added[-1], "one in use is given back"
+        shown = await address_book.listing(conn, ann)
+    assert shown[:50] == sorted([first, *added], key=lambda entry: entry.id), "in use, oldest first"
+    assert (first.retired_at, len(shown)) == (None, 1000)
+    assert shown[50].retired_at == NOW + timedelta(seconds=1000), "then the last retired first"
 
 
 async def test_signed_bytes_and_frozen_lines_cannot_be_changed(desk: Desk) -> None:

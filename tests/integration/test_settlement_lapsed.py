@@ -14,7 +14,7 @@ from chain.networks import Chain
 from chain.units import Micro
 from marketplace.platform.database import transaction
 from marketplace.settlement import bank, kyc, people, sanctions
-from marketplace.settlement.errors import PlanRefused, WrongState
+from marketplace.settlement.errors import NotEligible, PlanRefused, WrongState
 from marketplace.settlement.withdrawals import Status
 from tests.settlement_parts import LIMITS, Desk, earn, run_out
 
@@ -36,6 +36,12 @@ async def standing(desk: Desk, person: UUID, *, is_good: bool, reason: str = "ca
         await people.set_standing(
             conn, person=person, is_good=is_good, reason=reason, actor="ada", now=desk.clock.now()
         )
+
+
+async def freeze(desk: Desk, person: UUID, *, is_frozen: bool = True) -> None:
+    statement = "UPDATE people SET frozen_at = CASE WHEN :frozen THEN now() END WHERE id = :id"
+    async with transaction(desk.engine) as conn:
+        await conn.execute(text(statement), {"id": person, "frozen": is_frozen})
 
 
 async def limit(desk: Desk, name: str, dollars: int) -> None:
@@ -102,7 +108,7 @@ async def test_r16_limits_that_changed_hold_for_what_waits(desk: Desk) -> None:
     assert (await desk.plan()).count == 1
 
 
-@pytest.mark.parametrize("lapses", ["kyc", "standing", "sanctions"])
+@pytest.mark.parametrize("lapses", ["kyc", "standing", "frozen", "sanctions"])
 async def test_what_lapses_during_the_dry_run_is_found_before_the_batch_is_frozen(
     desk: Desk, lapses: str
 ) -> None:
@@ -116,6 +122,8 @@ async def test_what_lapses_during_the_dry_run_is_found_before_the_batch_is_froze
             await tier(desk, ann, "none")
         elif lapses == "standing":
             await standing(desk, ann, is_good=False)
+        elif lapses == "frozen":
+            await freeze(desk, ann)
         else:
             async with transaction(desk.engine) as conn:
                 listed = frozenset({desk.address_of(ann)})
@@ -123,7 +131,7 @@ async def test_what_lapses_during_the_dry_run_is_found_before_the_batch_is_froze
 
     desk.rail.meanwhile = [lapse]
     assert (await desk.plan()).count == 1
-    expected = Status.REQUESTED if lapses == "standing" else Status.FAILED
+    expected = Status.REQUESTED if lapses in {"standing", "frozen"} else Status.FAILED
     assert (await desk.status(ann, made)).status is expected
 
 
@@ -145,6 +153,31 @@ async def test_who_is_suspended_waits_is_told_once_and_joins_by_himself(desk: De
     assert await desk.available(ann) == 40 * 10**9
     await run_ben_out(desk)
     await standing(desk, ann, is_good=True, reason="disputed with success")
+    assert (await desk.plan()).count == 1
+    assert (await desk.status(ann, made)).refusal is None
+
+
+async def test_who_is_frozen_waits_is_told_once_and_joins_when_unfrozen(desk: Desk) -> None:
+    ann, ben = await desk.operator(80), await desk.operator(40)
+    made = await desk.request(ann, 40)
+    await desk.request(ben, 40)
+    await standing(desk, ann, is_good=True, reason="known")
+    await freeze(desk, ann)
+    assert (await desk.plan()).total == Micro(40 * 10**6)
+    for _ in range(2):
+        with pytest.raises(PlanRefused):
+            await desk.plan()
+    waits = await desk.status(ann, made)
+    assert (waits.status, waits.refusal) == (
+        Status.REQUESTED, "this account is not in good standing: this account is frozen",
+    )  # fmt: skip
+    (message,) = await told(desk, ann)
+    assert "this account is frozen" in message
+    with pytest.raises(NotEligible) as refused:
+        await desk.request(ann, 40, "another")
+    assert refused.value.code == "standing"
+    await run_ben_out(desk)
+    await freeze(desk, ann, is_frozen=False)
     assert (await desk.plan()).count == 1
     assert (await desk.status(ann, made)).refusal is None
 
@@ -189,6 +222,9 @@ async def test_r16_a_bank_withdrawal_is_asked_again_when_it_is_approved(desk: De
     await standing(desk, ann, is_good=False)
     assert await refused() == "standing"
     await standing(desk, ann, is_good=True)
+    await freeze(desk, ann)
+    assert await refused() == "standing"
+    await freeze(desk, ann, is_frozen=False)
     await limit(desk, "none", 399)
     await tier(desk, ann, "none")
     assert await refused() == "kyc"

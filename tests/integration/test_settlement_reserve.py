@@ -19,7 +19,7 @@ from marketplace.ledger.posting import post_transfer
 from marketplace.platform.database import transaction
 from marketplace.platform.ids import uuid7
 from marketplace.settlement import earnings, treasury
-from marketplace.settlement.errors import NotEligible, PlanRefused, WrongState
+from marketplace.settlement.errors import KeyReused, NotEligible, PlanRefused, WrongState
 from tests.settlement_parts import LIMITS, Desk, a_person
 
 DAY_S = 86_400
@@ -119,14 +119,14 @@ async def test_s3_s4_card_money_pays_nobody_until_it_is_usdc_in_that_escrow(desk
     async def rebalance(amount: int, ref: str = "out-1") -> None:
         async with transaction(desk.engine) as conn:
             await treasury.rebalance(
-                conn, source="card", target=Chain.BASE, amount=Micro(amount * 10**6), ref=ref,
-                actor="ada", reason="card money bought USDC",
+                conn, source="card", target=Chain.BASE, arrived="opening:1", amount=Micro(amount * 10**6),
+                ref=ref, actor="ada", reason="card money bought USDC", now=desk.clock.now(),
             )  # fmt: skip
 
     with pytest.raises(WrongState, match="arrived"):
         await rebalance(70)
     async with transaction(desk.engine) as conn:  # the watcher sees it come into the escrow, from nobody
-        arrived = templates.deposit_unattributed(chain="base", amount=Nano(70 * 10**9), ref="base:0x1:0")
+        arrived = templates.deposit_unattributed(chain="base", amount=Nano(70 * 10**9), ref="base:opening:1")
         await post_transfer(conn, arrived)
     await rebalance(70)
     await rebalance(70)  # the same movement again is the same entry
@@ -134,28 +134,30 @@ async def test_s3_s4_card_money_pays_nobody_until_it_is_usdc_in_that_escrow(desk
     assert await desk.posted(ledger_accounts.unattributed("base")) == 0
     assert (await cover()).warnings() == ()
     assert (await desk.plan()).total == Micro(90 * 10**6)
-    with pytest.raises(WrongState, match="arrived"):
-        await rebalance(1, "out-2")
+    with pytest.raises(KeyReused, match="already"):
+        await rebalance(70, "out-2")
 
 
 async def test_usdc_moves_between_escrows_by_an_entry_with_actor_and_reason(desk: Desk) -> None:
     await desk.operator(50)  # 50 in the escrow on Base
     async with transaction(desk.engine) as conn:
         arrived = templates.deposit_unattributed(
-            chain="ethereum", amount=Nano(30 * 10**9), ref="ethereum:0x2:0"
+            chain="ethereum", amount=Nano(30 * 10**9), ref="ethereum:opening:2"
         )
         await post_transfer(conn, arrived)
         with pytest.raises(WrongState, match="has no"):
             await treasury.rebalance(
-                conn, source=Chain.SOLANA, target=Chain.ETHEREUM, amount=Micro(30 * 10**6), ref="m",
-                actor="ada", reason="test",
+                conn, source=Chain.SOLANA, target=Chain.ETHEREUM, arrived="opening:2",
+                amount=Micro(30 * 10**6), ref="m", actor="ada", reason="test", now=desk.clock.now(),
             )  # fmt: skip
         await treasury.rebalance(
-            conn, source=Chain.BASE, target=Chain.ETHEREUM, amount=Micro(30 * 10**6), ref="0xout",
-            actor="ada", reason="Ethereum payouts",
+            conn, source=Chain.BASE, target=Chain.ETHEREUM, arrived="opening:2", amount=Micro(30 * 10**6),
+            ref="0xout", actor="ada", reason="Ethereum payouts", now=desk.clock.now(),
         )  # fmt: skip
-        note = await conn.scalar(text("SELECT note FROM transfers WHERE ref = 'rebalance:0xout'"))
-    assert note == "ada: Ethereum payouts"
+        note = await conn.scalar(
+            text("SELECT note FROM transfers WHERE ref = 'rebalance:ethereum:opening:2'")
+        )
+    assert note == "ada: 0xout: Ethereum payouts"
     assert await desk.posted(ledger_accounts.escrow("base")) == -20 * 10**9
     assert await desk.posted(ledger_accounts.escrow("ethereum")) == -30 * 10**9
     await desk.check()

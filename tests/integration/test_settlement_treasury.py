@@ -6,17 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
+from deposits_parts import ESCROW, Bench, a_known_person, final, start
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from chain.networks import Chain
 from chain.payouts import Payout
+from chain.simulated import SimulatedChain
 from chain.units import Micro
+from marketplace.deposits.decisions import attribute_deposit, open_cases
+from marketplace.deposits.errors import NoDecision
+from marketplace.deposits.tables import deposit_decisions
 from marketplace.ledger import accounts as ledger_accounts
+from marketplace.ledger import templates
 from marketplace.ledger.accounts import ensure_account
 from marketplace.ledger.money import Nano
+from marketplace.ledger.posting import post_transfer
 from marketplace.platform.database import transaction
 from marketplace.settlement import (
     address_book,
@@ -30,7 +39,7 @@ from marketplace.settlement import (
     withdrawals,
 )
 from marketplace.settlement.digest import is_included, merkle_proof
-from marketplace.settlement.errors import PlanRefused
+from marketplace.settlement.errors import KeyReused, PlanRefused, WrongState
 from marketplace.settlement.payout_rules import PayoutRules
 from marketplace.settlement.sanctions import BadList, Sanctioned
 from marketplace.settlement.simulated_rail import SimulatedRail
@@ -226,6 +235,102 @@ async def test_a_sanctioned_address_is_neither_added_nor_paid(desk: Desk, tmp_pa
         assert await sanctions.listed(conn, [desk.address_of(ann)]) == frozenset()
         with pytest.raises(Sanctioned):
             await desk.add_address(conn, ann, desk.address_of(UUID(int=5)))
+
+
+# ── USDC that people move ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def bench(engine: AsyncEngine) -> Bench:
+    """Base, watched; $200 in the escrow on Ethereum."""
+    async with transaction(engine) as conn:
+        paid = templates.deposit_direct(
+            chain="ethereum", person=str(UUID(int=1)), amount=Nano(200 * 10**9), ref="ethereum:0xpaid:0"
+        )
+        await post_transfer(conn, paid)
+    return Bench(engine, SimulatedChain(chain=Chain.BASE))
+
+
+async def rebalance(bench: Bench, arrived: str, usdc: int, **said: Any) -> None:
+    """Ethereum to Base."""
+    told = {"ref": "0xout", "actor": "ada", "reason": "payouts on Base", "now": bench.clock.now()} | said
+    async with transaction(bench.engine) as conn:
+        await treasury.rebalance(
+            conn,
+            source=Chain.ETHEREUM,
+            target=Chain.BASE,
+            arrived=arrived,
+            amount=Micro(usdc * 10**6),
+            **told,
+        )
+
+
+async def test_a_rebalance_books_what_its_deposit_brought_and_never_what_waits_for_people(
+    bench: Bench,
+) -> None:
+    """A bridge keeps 2 of 100 while 4 of ann's wait for the minimum."""
+    ann, address = await bench.a_buyer()
+    watcher = await start(bench)
+    waits, moved = bench.pays(address, 4), bench.pays(ESCROW, 98)
+    await final(bench, watcher, waits, moved)
+    key = f"{moved.tx}:1"
+    for arrived, usdc in ((key, 100), (key, 97), (f"{waits.tx}:0", 4), ("0xnone:0", 98)):
+        with pytest.raises(WrongState, match=r"brought|arrived"):
+            await rebalance(bench, arrived, usdc)
+    with pytest.raises(WrongState, match="has no"):
+        await rebalance(bench, key, 98, fee=Micro(103 * 10**6))
+    await rebalance(bench, key, 98)
+    assert await bench.balance(ledger_accounts.unattributed("base")) == 4 * 10**9
+    assert await bench.balance(ledger_accounts.escrow("ethereum")) == -102 * 10**9
+    for _ in range(2):  # the fee was forgotten, and is booked once
+        await rebalance(bench, key, 98, fee=Micro(2 * 10**6))
+    assert await bench.balance(ledger_accounts.escrow("ethereum")) == -100 * 10**9
+    assert await bench.balance(ledger_accounts.FEES) == -2 * 10**9
+    for changed in ({"ref": "0xother"}, {"fee": Micro(3 * 10**6)}):
+        with pytest.raises(KeyReused):
+            await rebalance(bench, key, 98, **changed)
+    await final(bench, watcher, bench.pays(address, 4))
+    assert await bench.buyer(ann) == 8 * 10**9
+    assert await bench.balance(ledger_accounts.unattributed("base")) == 0
+    await bench.books_hold()
+
+
+async def test_a_deposit_is_either_the_treasurys_or_somebodys(bench: Bench) -> None:
+    bob = await a_known_person(bench)
+    watcher = await start(bench)
+    await final(bench, watcher, bench.pays(ESCROW, 100, tx="0xours"))
+    await rebalance(bench, "0xours:0", 100)
+    async with transaction(bench.engine) as conn:
+        assert await open_cases(conn) == []
+        (decided,) = (await conn.execute(select(deposit_decisions))).all()
+    assert (decided.key, decided.decision, decided.actor) == ("0xours:0", "leave", "ada")
+    assert decided.reason == "rebalance 0xout: payouts on Base"
+    await final(bench, watcher, bench.pays(ESCROW, 100, tx="0xbobs"))
+    give = {"actor": "cleo", "reason": "he wrote to us", "now": bench.clock.now()}
+    async with transaction(bench.engine) as conn:
+        with pytest.raises(NoDecision, match="treasury"):
+            await attribute_deposit(conn, Chain.BASE, "0xours:0", bob, **give)
+        await attribute_deposit(conn, Chain.BASE, "0xbobs:0", bob, **give)
+    assert await bench.buyer(bob) == 100 * 10**9
+    with pytest.raises(WrongState, match="arrived"):
+        await rebalance(bench, "0xbobs:0", 100, ref="0xout-2")
+    await bench.books_hold()
+
+
+async def test_of_an_attribution_and_a_rebalance_at_once_one_happens(bench: Bench) -> None:
+    """A stranger's money lies beside it, so the balance alone would let both."""
+    bob = await a_known_person(bench)
+    watcher = await start(bench)
+    await final(bench, watcher, bench.pays(ESCROW, 100, tx="0xone"), bench.pays(ESCROW, 100))
+    give = {"actor": "cleo", "reason": "he wrote to us", "now": bench.clock.now()}
+    async with transaction(bench.engine) as conn:
+        await attribute_deposit(conn, Chain.BASE, "0xone:0", bob, **give)
+        other = asyncio.create_task(rebalance(bench, "0xone:0", 100))
+        await asyncio.sleep(0.2)  # long enough to come to the lock
+        assert not other.done()
+    with pytest.raises(WrongState, match="arrived"):
+        await other
+    assert await bench.balance(ledger_accounts.unattributed("base")) == 100 * 10**9
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing\n", b"0x12 0x13\n", b"\xff\xfe", b"a" * 101])
