@@ -19,6 +19,7 @@ import msgspec
 
 from node_agent.engines.openai_stream import error_text
 from node_agent.files import write_private
+from node_agent.protocol import NOT_DECODED
 
 KEY_VARIABLE: Final = "TOLLWAY_API_KEY"
 ACCOUNT_KEY_FILE: Final = "account.key"
@@ -368,7 +369,7 @@ class Account:
             raise _refused(status, answer)
         try:
             return msgspec.json.decode(answer, type=kind)
-        except msgspec.MsgspecError as error:
+        except NOT_DECODED as error:
             raise AccountError(f"{self._api}{path} does not answer as this agent knows it") from error
 
 
@@ -385,7 +386,7 @@ def _refused(status: int, answer: bytes) -> AccountError:
         body = msgspec.json.decode(answer)
         code = str(body["error"]["code"] or "")
         text = error_text(body)
-    except (msgspec.MsgspecError, KeyError, TypeError):
+    except (*NOT_DECODED, KeyError, TypeError):
         code, text = "", "no reason given"
     hint = ""
     if code == "missing_scope":

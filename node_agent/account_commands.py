@@ -179,6 +179,7 @@ def withdraw(
         out.print(
             f"Withdrawal {made.id}: {made.amount} USDC to {made.address} on {made.chain}, {made.status}."
         )
+        out.print(f"idempotency key {key}: repeating the request with it pays once", soft_wrap=True)
 
 
 def _asked_once(folder: Path, key: str, ask: Callable[[Account], Awaitable[_Result]]) -> _Result:
@@ -240,6 +241,7 @@ def bank_withdraw(
         print_json({"withdrawal": msgspec.to_builtins(made), "idempotency_key": key})
     else:
         out.print(f"Withdrawal {made.id}: ${made.amount} to your bank, {made.status}.")
+        out.print(f"idempotency key {key}: repeating the request with it pays once", soft_wrap=True)
 
 
 @bank_app.command("cancel")

@@ -195,7 +195,7 @@ async def _tokenizer(
             return Finding(check, "failed", "the marketplace does not sell this model", advice)
     try:
         theirs: str = msgspec.json.decode(body)["tokenizer_sha256"]
-    except (msgspec.MsgspecError, KeyError, TypeError):
+    except (*protocol.NOT_DECODED, KeyError, TypeError):
         return Finding(check, "warning", "the marketplace does not tell its digest")
     ours, where = model.tokenizer_sha256, "tokenizer_sha256 in the settings"
     if settings.model_path:

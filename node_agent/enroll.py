@@ -4,7 +4,7 @@ import aiohttp
 import msgspec
 
 from node_agent.engines.openai_stream import error_text
-from node_agent.protocol import ENROLL_PATH, EnrollReply, EnrollRequest
+from node_agent.protocol import ENROLL_PATH, NOT_DECODED, EnrollReply, EnrollRequest
 
 REPLY_BYTES_MAX = 64 * 1024
 SECONDS_MAX = 20.0
@@ -33,12 +33,12 @@ async def enroll(api: str, request: EnrollRequest) -> EnrollReply:
         raise EnrollError(f"the marketplace answers {response.status}: {_reason(body)}")
     try:
         return msgspec.json.decode(body, type=EnrollReply)
-    except msgspec.MsgspecError as error:
+    except NOT_DECODED as error:
         raise EnrollError("the marketplace's answer is not an enrolment; is the address right?") from error
 
 
 def _reason(body: bytes) -> str:
     try:
         return error_text(msgspec.json.decode(body))
-    except msgspec.MsgspecError:
+    except NOT_DECODED:
         return "no reason given"

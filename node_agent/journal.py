@@ -13,6 +13,8 @@ from typing import Final
 
 import msgspec
 
+from node_agent.protocol import NOT_DECODED
+
 JOURNAL_FILE: Final = "journal.jsonl"
 FILE_BYTES_MAX: Final = 8 * 1024 * 1024
 FILES_KEPT: Final = 4
@@ -89,7 +91,7 @@ def find_entries(folder: Path, ids: Collection[str]) -> dict[str, Entry]:
             for line in file:
                 try:
                     entry = decoder.decode(line)
-                except msgspec.MsgspecError:
+                except NOT_DECODED:
                     continue  # a line cut by a crash
                 if entry.id in ids:
                     found[entry.id] = entry

@@ -16,8 +16,9 @@ The law of a request:
    engine and sends `Failed(code=CANCELLED)`, which the gateway is free not to wait for.
 7. A gateway that dies cancels nothing. So now and then (`LISTENERS_ASKED_MS`) the node gives a frame a
    reply subject of its own; if nobody hears it, NATS says so there, and the node aborts as on `Cancel`.
-8. A gateway with many streams asks for `frame_gap_ms`: after each frame of a stream's text the node lets
-   so long pass before it reads its engine again, so that what comes meanwhile travels in one frame.
+8. A gateway with many streams asks for `frame_gap_ms`: after each frame of a stream's text the node reads its
+   engine again at the next multiple of so long on its clock.  What comes meanwhile travels in one frame, and
+   the frames of all streams of a node travel together.  What follows a choice's last words is not waited for.
 
 Messages grow only by appending optional fields: unknown fields are ignored, so either side may be newer.
 Times are milliseconds. Durations are relative, since operators' clocks are not trusted.
@@ -56,7 +57,12 @@ NONCE_CHARS_MAX: Final = 128  # of a NATS server
 MODELS_MAX: Final = 64  # models one node may offer
 MESSAGE_CHARS_MAX: Final = 500  # the text of a failure
 CHOICES_MAX: Final = 128  # `n`
-TOKEN_COUNT_MAX: Final = 1 << 31
+TOKEN_COUNT_MAX: Final = (1 << 31) - 1  # what a column of a database holds
+CHOICE_DELTAS_MAX: Final = 512  # of a frame: the engine's events since the last one
+TOKEN_IDS_MAX: Final = 64 * 1024  # of a choice in a frame
+PROMPT_IDS_PER_FRAME: Final = 32 * 1024  # at most five bytes each
+TOP_LOGPROBS_MAX: Final = 128  # of a token
+PIECES_MAX: Final = 16 * 1024  # of a frame: choices, pieces of tool calls, tokens with logprobs, their rivals
 PRICE_MAX: Final = 10**15  # $1,000,000 per million tokens, in nano-dollars: a typing error, not a price
 
 HEARTBEAT_MS: Final = 5_000  # node: longest silence on a running request
@@ -173,7 +179,7 @@ class Request(msgspec.Struct, tag="request", frozen=True):
     `stream` says whether the buyer streams; if not, the agent gathers the answer into few `Delta`s.
     `deadline_ms` is how long the node may take, counted from receipt.
     `kind` is `chat` (the body has `messages`) or `completion` (it has a `prompt`).
-    `frame_gap_ms` is the time between two frames of a stream's text, at least; the first waits for nothing.
+    `frame_gap_ms`: a stream's text leaves at multiples of it on the node's clock, but for the first.
     """
 
     v: int
@@ -235,7 +241,7 @@ class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
     token: str
     logprob: float
     bytes: list[int] | None = None
-    top: list[TopLogprob] = []
+    top: Annotated[list[TopLogprob], msgspec.Meta(max_length=TOP_LOGPROBS_MAX)] = []
 
 
 class ToolCallDelta(msgspec.Struct, array_like=True, frozen=True):
@@ -257,11 +263,11 @@ class ChoiceDelta(msgspec.Struct, array_like=True):
     role: ShortText | None = None
     content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[ToolCallDelta] | None = None
-    logprobs: list[TokenLogprob] | None = None
+    tool_calls: Annotated[list[ToolCallDelta], msgspec.Meta(max_length=PIECES_MAX)] | None = None
+    logprobs: Annotated[list[TokenLogprob], msgspec.Meta(max_length=PIECES_MAX)] | None = None
     finish_reason: ShortText | None = None
     stop_reason: str | int | None = None
-    token_ids: list[TokenId] | None = None
+    token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=TOKEN_IDS_MAX)] | None = None
 
 
 class Accepted(msgspec.Struct, tag=0, array_like=True, frozen=True):
@@ -271,15 +277,15 @@ class Accepted(msgspec.Struct, tag=0, array_like=True, frozen=True):
 
 
 class Delta(msgspec.Struct, tag=1, array_like=True, frozen=True):
-    """A part of the answer: one or several engine events, in order.
+    """A part of the answer: one or several engine events, in order; of at most `PIECES_MAX` pieces in all.
 
     `prompt_token_ids` come with the first `Delta`; when too long for a frame, later ones continue them.
     The counts are the engine's running totals after this frame: the operator's word, None if untold.
     """
 
     seq: Sequence
-    choices: list[ChoiceDelta]
-    prompt_token_ids: list[TokenId] | None = None
+    choices: Annotated[list[ChoiceDelta], msgspec.Meta(max_length=CHOICE_DELTAS_MAX)]
+    prompt_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=PROMPT_IDS_PER_FRAME)] | None = None
     prompt_tokens: TokenCount | None = None
     completion_tokens: TokenCount | None = None
 
@@ -310,6 +316,17 @@ class Failed(msgspec.Struct, tag=4, array_like=True, frozen=True):
 
 
 Frame = Accepted | Delta | Heartbeat | End | Failed
+
+
+def pieces(choices: "collections.abc.Sequence[ChoiceDelta]") -> int:
+    """How many things these consist of: on the wire one may have two bytes, written out it has sixty."""
+    count = len(choices)
+    for choice in choices:
+        if choice.tool_calls:
+            count += len(choice.tool_calls)
+        if choice.logprobs:
+            count += sum(1 + len(token.top) for token in choice.logprobs)
+    return count
 
 
 class ModelStatus(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -350,6 +367,9 @@ _control_decoder: "Final[msgspec.msgpack.Decoder[Control]]" = msgspec.msgpack.De
 _frame_decoder: "Final[msgspec.msgpack.Decoder[Frame]]" = msgspec.msgpack.Decoder(Frame)
 _status_decoder: Final = msgspec.msgpack.Decoder(Status)
 
+NOT_DECODED: Final = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+"""What msgspec raises of foreign bytes; of text that is not UTF-8 it is not an error of its own."""
+
 _Message = TypeVar("_Message")
 
 
@@ -362,7 +382,7 @@ def _decode(decoder: "msgspec.msgpack.Decoder[_Message]", data: bytes, limit: in
         raise MessageTooLargeError(f"{what} of {len(data)} bytes, at most {limit} are allowed")
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except NOT_DECODED as error:
         raise MessageMalformedError(f"{what}: {error}") from error
 
 
@@ -420,6 +440,8 @@ class ReplyReader:
             raise FrameOutOfOrderError("Accepted twice")
         self._next += 1
         if isinstance(frame, Delta):
+            if pieces(frame.choices) > PIECES_MAX:
+                raise MessageTooLargeError(f"a frame of more than {PIECES_MAX} pieces")
             self._deltas += 1
             if self._deltas > self._credit:
                 raise CreditExceededError(f"{self._deltas} deltas sent, {self._credit} granted")
@@ -532,7 +554,7 @@ def decode_statement(data: bytes) -> Statement:
         raise MessageTooLargeError(f"a statement has at most {STATEMENT_BYTES_MAX} bytes")
     try:
         return _statement_decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except NOT_DECODED as error:
         raise MessageMalformedError(f"statement: {error}") from error
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from node_agent.identity import load_identity
+from node_agent.identity import IdentityError, load_identity
 from node_agent.receipts import (
     Receipt,
     ReceiptError,
@@ -74,7 +74,11 @@ def _find(receipt: str, data_dir: Path) -> Receipt:
     path = Path(receipt)
     if path.exists():
         return read_receipt(path)
-    return kept_receipt(data_dir, receipt, public_key=load_identity(data_dir).public_key)
+    try:
+        public_key = load_identity(data_dir).public_key
+    except IdentityError as error:
+        raise ReceiptError(f"There is no file {receipt}; for a receipt by its id: {error}") from error
+    return kept_receipt(data_dir, receipt, public_key=public_key)
 
 
 def _check_expectations(verdict: Verdict, *, key: str, request: Path | None) -> None:

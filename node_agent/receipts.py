@@ -11,14 +11,21 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import nkeys
 
 from node_agent import protocol
 from node_agent.journal import FILES_KEPT, Entry, RotatingFile, find_entries
-from node_agent.protocol import Countersigned, ProofInvalidError, ProtocolError, Receipts, Statement
+from node_agent.protocol import (
+    NOT_DECODED,
+    Countersigned,
+    ProofInvalidError,
+    ProtocolError,
+    Receipts,
+    Statement,
+)
 
 RECEIPTS_FILE: Final = "receipts.jsonl"
 FILE_BYTES_MAX: Final = 32 * 1024 * 1024
@@ -168,6 +175,8 @@ class Receipt(msgspec.Struct, frozen=True):
     page: PagePlace | None = None
     marketplace: MarketplaceSignature | None = None
     node: NodeSignature | None = None
+    says: dict[str, Any] | msgspec.UnsetType | None = msgspec.UNSET
+    """The statement as people read it; nobody signs it, so it must be the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +191,7 @@ class Verdict:
 
 
 def verify(receipt: Receipt) -> Verdict:
-    """Check signatures, place and arithmetic; raises `ReceiptError` saying what is wrong."""
+    """Check signatures, place, what is shown and arithmetic; raises `ReceiptError` saying what is wrong."""
     if receipt.page is None or receipt.marketplace is None:
         raise ReceiptError("the receipt is not signed yet; ask again in a few seconds")
     place, by = receipt.page, receipt.marketplace
@@ -200,6 +209,10 @@ def verify(receipt: Receipt) -> Verdict:
             )
     except (ProofInvalidError, ProtocolError, ValueError, OverflowError) as error:
         raise ReceiptError(f"the receipt is forged or damaged: {error}") from error
+    if receipt.says is not msgspec.UNSET and receipt.says != json.loads(receipt.statement):
+        raise ReceiptError(
+            "`says` is not what the signed statement says: the receipt was changed, ask for it anew"
+        )
     _check_arithmetic(statement)
     is_disputed = receipt.node is not None and place.position in receipt.node.disputed
     return Verdict(statement, receipt.node is not None, is_disputed, by.public_key)
@@ -226,7 +239,7 @@ def read_receipt(path: Path) -> Receipt:
         return msgspec.json.decode(data, type=Receipt)
     except OSError as error:
         raise ReceiptError(f"{path} cannot be read") from error
-    except msgspec.MsgspecError as error:
+    except NOT_DECODED as error:
         raise ReceiptError(f"{path} is not a receipt: {error}") from error
 
 
@@ -269,5 +282,5 @@ def _kept_pages(folder: Path, text: str) -> Iterator[KeptPage]:
                 if text.encode() in line:
                     try:
                         yield decoder.decode(line)
-                    except msgspec.MsgspecError:
+                    except NOT_DECODED:
                         continue  # a line cut by a crash

@@ -27,12 +27,17 @@ from node_agent.engines import (
 )
 from node_agent.journal import Entry
 from node_agent.protocol import (
+    CHOICE_DELTAS_MAX,
     CREDIT_STALL_MS,
     FRAME_BYTES_MAX,
     HEARTBEAT_MS,
     IDLE_MS_MAX,
     MESSAGE_CHARS_MAX,
+    NOT_DECODED,
+    PIECES_MAX,
+    PROMPT_IDS_PER_FRAME,
     REPLY_BYTES_MAX,
+    TOKEN_IDS_MAX,
     Accepted,
     ChoiceDelta,
     Delta,
@@ -44,13 +49,13 @@ from node_agent.protocol import (
     Request,
     ResponseDigest,
     encode,
+    pieces,
 )
 
 _T = TypeVar("_T")
 Publish = Callable[[bytes], Awaitable[None]]
 Chat = Callable[[dict[str, Any], str], AsyncGenerator[list[EngineEvent], None]]
 
-PROMPT_IDS_PER_FRAME: Final = 32_768  # at most five bytes each
 GATHER_BYTES_MAX: Final = 128 * 1024  # of text and ids; leaves room for what surrounds them
 TAIL_BYTES_RESERVED: Final = 4 * 1024  # of the reply, so that an end always fits
 
@@ -154,8 +159,9 @@ class Relay:
                 self._note(events)
                 if self.request.stream:
                     await self._send_delta(_choices(events), _prompt_ids(events))
-                    if gap_s and _says_something(events):
-                        await asyncio.sleep(gap_s)  # the engine's next words gather in its socket
+                    if gap_s and _goes_on(events):
+                        # The engine's next words gather in its socket, and leave with the other streams'.
+                        await asyncio.sleep(until_tick(asyncio.get_running_loop().time(), gap_s))
                 else:
                     gathered.add(events)
                     if gathered.size > GATHER_BYTES_MAX:
@@ -293,7 +299,11 @@ def _size(choice: ChoiceDelta) -> int:
 
 
 def _is_too_large(choices: list[ChoiceDelta], prompt_ids: list[int] | None) -> bool:
-    """True if a `Delta` of these would pass a frame's limit; encodes only what comes near it."""
+    """True if a `Delta` of these would pass a frame's limits; encodes only what comes near them."""
+    if len(choices) > CHOICE_DELTAS_MAX or pieces(choices) > PIECES_MAX:
+        return True
+    if any(len(choice.token_ids or ()) > TOKEN_IDS_MAX for choice in choices):
+        return True
     bound = 5 * len(prompt_ids or ())
     for choice in choices:
         text = len(choice.content or "") + len(choice.reasoning or "")
@@ -336,11 +346,20 @@ def _choices(events: list[EngineEvent]) -> list[ChoiceDelta]:
     return [choice for event in events for choice in event.choices]
 
 
-def _says_something(events: list[EngineEvent]) -> bool:
-    """More than vLLM's opening event, which comes before the first token."""
-    return any(
-        choice.content or choice.reasoning or choice.tool_calls or choice.token_ids
-        for choice in _choices(events)
+def until_tick(now_s: float, gap_s: float) -> float:
+    """Seconds to the next multiple of `gap_s` that is at least a tenth of it away.
+
+    A timer may fire a little early: it would otherwise be set again for a moment in which nothing gathers.
+    """
+    left_s = gap_s - now_s % gap_s
+    return left_s if left_s >= gap_s / 10 else left_s + gap_s
+
+
+def _goes_on(events: list[EngineEvent]) -> bool:
+    """Text with more to come: neither vLLM's opening event, before the first token, nor a choice's last."""
+    choices = _choices(events)
+    return not any(choice.finish_reason for choice in choices) and any(
+        choice.content or choice.reasoning or choice.tool_calls or choice.token_ids for choice in choices
     )
 
 
@@ -380,7 +399,7 @@ def _body_of(request: Request) -> dict[str, Any]:
         )
     try:
         body = msgspec.json.decode(request.body)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except NOT_DECODED as error:
         raise RelayError(FailureCode.BAD_REQUEST, "the body is not JSON", is_retriable=False) from error
     if not isinstance(body, dict):
         raise RelayError(FailureCode.BAD_REQUEST, "the body is not a JSON object", is_retriable=False)

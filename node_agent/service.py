@@ -467,7 +467,7 @@ def read_local_status(folder: Path) -> LocalStatus | None:
     """What a running agent last wrote in `folder`; None if there is none or it is not readable."""
     try:
         return msgspec.json.decode((folder / STATUS_FILE).read_bytes(), type=LocalStatus)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *protocol.NOT_DECODED):
         return None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -51,7 +52,7 @@ class Frames:
     def __init__(self, configuration: Configuration) -> None:
         self._prompt_ids = configuration.prompt_ids
         self._pieces, self._ids = configuration.pieces, configuration.ids
-        self._paced: dict[tuple[int, int], list[tuple[int, list[bytes]]]] = {}
+        self._paced: dict[tuple[int, int, int], list[tuple[int, list[bytes]]]] = {}
         count = len(self._ids)
         self.plain = self._rows([[self._joined()]], [count])
         step = -(-(count - 1) // FRAMES_AFTER_FIRST)
@@ -63,19 +64,22 @@ class Frames:
         choices = [[self._choice(at) for at in range(a, b)] for a, b in pairwise(cuts)]
         return self._rows(choices, cuts[1:])
 
-    def paced(self, pace_ms: int, gap_ms: int) -> list[tuple[int, list[bytes]]]:
-        """What is sent when (ms after the beginning): what an agent reads once its gap has passed."""
-        if (pace_ms, gap_ms) not in self._paced:
+    def paced(self, pace_ms: int, gap_ms: int, began_ms: int) -> list[tuple[int, list[bytes]]]:
+        """What is sent when (ms after the beginning): what an agent reads at multiples of the gap."""
+        phase = began_ms % gap_ms if gap_ms else 0
+        if (pace_ms, gap_ms, phase) not in self._paced:
             times, cuts, count = [0], [0, 1], len(self._ids)
             while cuts[-1] < count:
-                at_ms = max(times[-1] + gap_ms, cuts[-1] * pace_ms)
+                at_ms = cuts[-1] * pace_ms
+                if gap_ms:
+                    at_ms = max(at_ms, ((times[-1] + phase) // gap_ms + 1) * gap_ms - phase)
                 times.append(at_ms)
                 cuts.append(min(count, at_ms // pace_ms + 1))
             accepted, first, *others, end = self._cut(cuts)
             rows = [[accepted, first], *([frame] for frame in others)]
             rows[-1].append(end)
-            self._paced[pace_ms, gap_ms] = list(zip(times, rows, strict=True))
-        return self._paced[pace_ms, gap_ms]
+            self._paced[pace_ms, gap_ms, phase] = list(zip(times, rows, strict=True))
+        return self._paced[pace_ms, gap_ms, phase]
 
     def _choice(self, at: int) -> protocol.ChoiceDelta:
         return protocol.ChoiceDelta(
@@ -136,9 +140,11 @@ class PacedAnswer:
 
     __slots__ = ("_at", "_began_ms", "_node", "_reply", "_rows", "due_ms", "is_cancelled")
 
-    def __init__(self, node: StubNode, reply: bytes, rows: Sequence[tuple[int, list[bytes]]]) -> None:
+    def __init__(
+        self, node: StubNode, reply: bytes, rows: Sequence[tuple[int, list[bytes]]], began_ms: int
+    ) -> None:
         self._node, self._reply, self._rows, self._at = node, reply, rows, 0
-        self._began_ms = self.due_ms = int(asyncio.get_running_loop().time() * 1000)
+        self._began_ms = self.due_ms = began_ms
         self.is_cancelled = False
 
     def go_on(self) -> bool:
@@ -167,6 +173,8 @@ class StubNode(asyncio.Protocol):
         self._rest = b""
         self._out: list[bytes] = []
         self._seq = 0
+        self._clock_ms = random.Random(node_id).randrange(1_000)
+        """What its clock is ahead: nodes are machines of their own, and do not beat together."""
         self._is_known = False
         self._transport: Any = None
         self.ready = asyncio.get_running_loop().create_future()
@@ -239,9 +247,9 @@ class StubNode(asyncio.Protocol):
         if not pace_ms:
             self.answer(reply, self.frames.stream)
             return
-        answer = self._answering[request.id] = PacedAnswer(
-            self, reply, self.frames.paced(pace_ms, request.frame_gap_ms)
-        )
+        began_ms = int(asyncio.get_running_loop().time() * 1000)
+        rows = self.frames.paced(pace_ms, request.frame_gap_ms, began_ms + self._clock_ms)
+        answer = self._answering[request.id] = PacedAnswer(self, reply, rows, began_ms)
         self._wheel.put(answer)
 
     def _on_control(self, payload: bytes) -> None:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from marketplace.fabric.connection import Connection
 from marketplace.fabric.node_client import NodeClient
-from marketplace.gateway.answer import DONE, Answer, UsageOut
+from marketplace.gateway.answer import DONE, Answer
+from marketplace.gateway.answer_shapes import UsageOut
 from marketplace.gateway.hot_route import protocol_for
 from marketplace.gateway.responder import Responder
 from marketplace.gateway.server import Server

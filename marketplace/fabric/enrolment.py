@@ -178,7 +178,9 @@ async def _require_operator(connection: AsyncConnection, person_id: UUID) -> Non
         text("SELECT is_operator AND frozen_at IS NULL FROM people WHERE id = :id"), {"id": person_id}
     )
     if not found:
-        raise NotAnOperator("only an operator in good standing may enrol nodes")
+        raise NotAnOperator(
+            "only an operator in good standing may enrol nodes; POST /api/me/operator makes an account one"
+        )
 
 
 def _digest(secret: bytes, token: str) -> bytes:

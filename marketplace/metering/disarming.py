@@ -16,21 +16,46 @@ JOINERS: Final = ("\u2060", "\u200b", " ")
 _T = TypeVar("_T")
 
 
+def pattern_of(names: Iterable[str]) -> str:
+    """Write what matches the longest of these names at each place, as alternatives would, longest first.
+
+    A tree of their beginnings: a text full of what 256 names begin with is compared with it once, not 256
+    times at each place.
+    """
+    distinct = sorted(set(names))
+    first, last = distinct[0], distinct[-1]
+    differs = (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    start = first[: next(differs, None)]
+    ends: dict[str, list[str]] = {}
+    for name in distinct:
+        if rest := name[len(start) :]:
+            ends.setdefault(rest[0], []).append(rest)
+    if not ends:
+        return re.escape(start)
+    branches = "|".join(map(pattern_of, ends.values()))
+    return f"{re.escape(start)}(?:{branches})" + ("?" if first == start else "")
+
+
+def _lower(name: str) -> str:
+    """In small letters, so that names that differ only by case share a branch; of as many characters."""
+    return "".join(small if len(small := letter.lower()) == 1 else letter for letter in name)
+
+
 class Disarmer:
     """Changes special-token text of one tokenizer; `has_special` tells whether a text makes such a token."""
 
     def __init__(
         self, names: Iterable[str], has_special: Callable[[str], bool], *, ignores_case: bool = False
     ) -> None:
-        longest_first = sorted({name for name in names if len(name) > 1}, key=lambda name: (-len(name), name))
+        marks = {name for name in names if len(name) > 1}
         flags = re.IGNORECASE if ignores_case else re.NOFLAG
-        alternatives = "|".join(map(re.escape, longest_first))
-        self._pattern = re.compile(alternatives, flags) if longest_first else None
+        spelled = map(_lower, marks) if ignores_case else marks
+        self._pattern = re.compile(pattern_of(spelled), flags) if marks else None
         self._joiner = next(
             (
                 joiner
                 for joiner in JOINERS
-                if not any(has_special(name[0] + joiner + name[1:]) for name in longest_first)
+                if not any(has_special(name[0] + joiner + name[1:]) for name in marks)
             ),
             JOINERS[-1],
         )

@@ -109,6 +109,6 @@ class Canaries:
             text = msgspec.json.decode(data)["choices"][0]["message"]["content"]
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ReferenceUnavailable(f"the API does not answer: {type(error).__name__}") from error
-        except (msgspec.DecodeError, LookupError, TypeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, LookupError, TypeError):
             return None
         return text if isinstance(text, str) else None

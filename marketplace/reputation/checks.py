@@ -83,7 +83,7 @@ def scorable(body: bytes) -> list[dict[str, Any]] | None:
         return None
     try:
         request = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     messages = request.get("messages") if isinstance(request, dict) else None
     if not isinstance(messages, list) or any(request.get(name) for name in _SHAPING):

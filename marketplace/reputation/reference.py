@@ -81,7 +81,7 @@ class Reference:
             raise ReferenceUnavailable(type(error).__name__) from error
         try:
             return _decoder.decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ReferenceUnavailable("not a JSON object") from error
 
 

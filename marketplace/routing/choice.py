@@ -387,17 +387,32 @@ def _with_failover(
     first: NodeView, ranked: Sequence[tuple[float, NodeView]], preferences: Preferences
 ) -> tuple[NodeView, ...]:
     """Append the next to ask: the buyer's own order, then operators not yet tried, then the score."""
+    if preferences.operator or preferences.order:
+        return _with_named_failover(first, ranked, preferences)
+    chosen, tried = [first], {first.operator_id}
+    while len(chosen) <= RETRIES_MAX:
+        following = None
+        for _, view in ranked:  # ends early: this is the hot path
+            if view.operator_id not in tried:
+                following = view
+                break
+            if following is None and view not in chosen:
+                following = view
+        if following is None:
+            break
+        chosen.append(following)
+        tried.add(following.operator_id)
+    return tuple(chosen)
+
+
+def _with_named_failover(
+    first: NodeView, ranked: Sequence[tuple[float, NodeView]], preferences: Preferences
+) -> tuple[NodeView, ...]:
     chosen = [first]
     rest = [view for _, view in ranked if view is not first]
-    is_named = bool(preferences.operator or preferences.order)
     while rest and len(chosen) <= RETRIES_MAX:
         tried = {view.operator_id for view in chosen}
-        if is_named:
-            following = min(
-                rest, key=lambda view: (_named_rank(view, preferences), view.operator_id in tried)
-            )
-        else:
-            following = next((view for view in rest if view.operator_id not in tried), rest[0])
+        following = min(rest, key=lambda view: (_named_rank(view, preferences), view.operator_id in tried))
         chosen.append(following)
         rest.remove(following)
     return tuple(chosen)

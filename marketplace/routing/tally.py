@@ -30,7 +30,7 @@ from marketplace.routing.choice import Decision, NodeView, Parts, Question, expl
 from node_agent.protocol import NodeId
 
 VERDICTS_PER_S: Final = 400
-"""About 5 µs each: 0.2 % of a gateway's core (2,000 took a tenth of every request's time)."""
+"""5 to 9 µs each: 0.2 to 0.4 % of a gateway's core (2,000 took a tenth of every request's time)."""
 VIEWS_MAX: Final = 200
 """Of a decision among more, the candidates and this many others are explained."""
 KEYS_MAX: Final = 50_000

@@ -27,6 +27,7 @@ from node_agent.load import TEXT_BYTES_MAX, Load, parse_load
 from node_agent.protocol import (
     IDLE_MS_MAX,
     MESSAGE_CHARS_MAX,
+    NOT_DECODED,
     TOKEN_COUNT_MAX,
     ChoiceDelta,
     ChoiceIndex,
@@ -181,7 +182,7 @@ def parse_chunk(data: bytes) -> EngineEvent:
 def _decode_chunk(data: bytes) -> _Chunk:
     try:
         return _chunk_decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError):
+    except NOT_DECODED:
         pass
     try:  # Python's own parser reads NaN and Infinity, which some engines write into `usage`
         return msgspec.convert(json.loads(data), _Chunk)
@@ -365,7 +366,7 @@ class OpenAIClient:
         try:
             listing = msgspec.json.decode(await self.probe("/v1/models"))
             entries = [entry for entry in listing["data"] if entry["id"] == model]
-        except (msgspec.MsgspecError, KeyError, TypeError) as error:
+        except (*NOT_DECODED, KeyError, TypeError) as error:
             raise EngineMalformedError("/v1/models is not a list of models") from error
         if not entries:
             raise EngineRefusedError(f"the engine does not offer the model {model}")
@@ -423,7 +424,7 @@ async def _refusal(response: aiohttp.ClientResponse) -> str:
     response.close()
     try:
         return error_text(msgspec.json.decode(body))
-    except (msgspec.MsgspecError, RecursionError):
+    except NOT_DECODED:
         return error_text(body.decode(errors="replace"))
 
 

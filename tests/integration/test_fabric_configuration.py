@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nkeys
 import pytest
 from fabric_parts import make_tls
 from typer.testing import CliRunner
@@ -50,6 +51,13 @@ def test_what_cannot_be_printed_is_refused_in_a_sentence(
         told = CliRunner().invoke(app, ["nats-config", "--name", "n", *options])
         assert told.exit_code == 2
         assert words in told.output
+    of_a_user = nkeys.encode_seed(bytes(32), nkeys.PREFIX_BYTE_USER).decode()
+    for seed in ("nonsense", of_a_user):
+        with monkeypatch.context() as another:
+            another.setenv("TOLLWAY_NATS_ISSUER_SEED", seed)
+            told = CliRunner().invoke(app, ["nats-config", "--name", "n"], env={"COLUMNS": "200"})
+        assert told.exit_code == 2
+        assert "TOLLWAY_NATS_ISSUER_SEED is no account seed" in told.output
     monkeypatch.delenv("TOLLWAY_NATS_PASSWORD")
     told = CliRunner().invoke(app, ["nats-config", "--name", "n"])
     assert told.exit_code == 2

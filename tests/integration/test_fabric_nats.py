@@ -273,12 +273,14 @@ async def test_a62_an_oversized_or_senseless_frame_fails_the_request(
     service: FabricService, node: SpeakingNode
 ) -> None:
     whole = protocol.encode(delta(0, "x" * protocol.FRAME_BYTES_MAX))
-    for payload in (b"\xc1", b"x" * 100, b"", whole):
+    not_utf_8 = protocol.encode(Failed(0, FailureCode.INTERNAL, "ab", False)).replace(b"ab", b"\xff\xfe")
+    for payload in (b"\xc1", b"x" * 100, b"", whole, not_utf_8):
         async with service.nodes.request(node.node_id, a_request()) as reply:
             _, subject = await node.taken()
             await node.client.publish(subject, payload)
             with pytest.raises(ProtocolBroken):
-                await anext(reply)
+                async with asyncio.timeout(2):
+                    await anext(reply)
 
 
 async def test_a_nodes_own_failure_is_told_with_its_code(service: FabricService, node: SpeakingNode) -> None:
@@ -420,11 +422,11 @@ async def test_the_more_streams_the_further_apart_their_frames_are_wanted(
         for at in range(600):
             request = msgspec.structs.replace(a_request(), id=f"r{at}", stream=at % 6 != 0)
             await stack.enter_async_context(service.nodes.request(NodeId("n-1"), request))
-            if at == 30:
+            if at == 20:
                 assert service.nodes.frame_gap_ms == 0  # a shorter gap than engines have would gather nothing
-            if at == 299:
-                assert service.nodes.frame_gap_ms == 25  # whole answers do not count
-        assert service.nodes.frame_gap_ms == 50
+            if at == 59:
+                assert service.nodes.frame_gap_ms == 12  # fifty streams; whole answers do not count
+        assert service.nodes.frame_gap_ms == 48
         assert service.nodes.cancel("r1")
     assert service.nodes.frame_gap_ms == 0
 

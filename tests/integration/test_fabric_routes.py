@@ -161,6 +161,7 @@ async def test_only_an_operator_in_good_standing_makes_tokens(site: Site) -> Non
     buyer = await site.person(is_operator=False)
     answer = await site.client.post("/api/nodes/enrolment-tokens", headers={"authorization": buyer})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_an_operator")
+    assert "POST /api/me/operator" in answer.json()["error"]["message"]
     assert (await site.client.post("/api/nodes/enrolment-tokens")).status_code == 401
     operator = await site.person()
     token = await site.token(operator)

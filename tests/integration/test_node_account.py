@@ -172,6 +172,7 @@ async def test_from_earnings_to_a_payout_that_is_proven(
     first = await terminal.told(*asked)
     again = await terminal.told(*asked)
     assert first["withdrawal"]["id"] == again["withdrawal"]["id"]
+    assert "idempotency key mine-1" in (await terminal.type(*asked)).stdout
     other = await terminal.type("withdraw", "26", *asked[2:])
     assert (other.exit_code, "409" in other.stderr) == (1, True)
     small = await terminal.type("withdraw", "9.99", "--chain", "base", "--to", address)
@@ -209,6 +210,7 @@ async def test_a_withdrawal_to_the_bank_from_asking_to_cancelling(
     asked = ("bank", "withdraw", "25", "--account", str(account.id), "--idempotency-key", "mine-1")
     first, again = await terminal.told(*asked), await terminal.told(*asked)
     assert first["withdrawal"]["id"] == again["withdrawal"]["id"]
+    assert "idempotency key mine-1" in (await terminal.type(*asked)).stdout
     small = await terminal.type("bank", "withdraw", "9.99", "--account", str(account.id))
     assert "422" in small.stderr
     listed = await terminal.told("bank")

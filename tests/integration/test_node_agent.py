@@ -293,8 +293,40 @@ async def test_tokens_gather_between_the_frames_a_gateway_wants_apart(
     assert [c.content for choices in spoken for c in choices] == engine.words  # each token by itself still
     assert [c.token_ids for choices in spoken for c in choices] == [[100 + i] for i in range(20)]
     assert len(spoken[0]) == 1  # the first waits for nobody
-    assert 2 <= len(spoken) <= gaps + 1
+    assert 2 <= len(spoken) <= gaps + 2
     assert isinstance(reply.end, protocol.End)
+
+
+async def test_streams_asked_at_different_times_send_their_frames_together(
+    agent: Agent, engine: FakeEngine
+) -> None:
+    gap_s, engine.words, engine.gap_seconds = 0.2, [f"w{i} " for i in range(30)], 0.04
+
+    async def times() -> list[float]:
+        reply, came = await agent.ask(frame_gap_ms=200), []
+        while not reply.reader.is_done:
+            await reply.next()
+            came.append(asyncio.get_running_loop().time())
+        return [at for at, frame in zip(came, reply.frames, strict=True) if isinstance(frame, protocol.Delta)]
+
+    first = asyncio.create_task(times())
+    await asyncio.sleep(gap_s / 2)
+    second = await times()
+    others = await first
+    apart = [min(abs(at - other) for other in others) for at in second[3:-1]]  # once both are under way
+    assert len(apart) >= 2
+    assert sorted(apart)[len(apart) // 2] < gap_s / 4  # each by its own clock: half a gap
+
+
+async def test_an_answer_that_has_ended_waits_for_no_tick(
+    agent: Agent, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "until_tick", lambda now_s, gap_s: 60.0)
+    engine.words, engine.gap_seconds = ["word"], 0.05  # its usage and its end come by themselves
+    reply = await agent.ask(frame_gap_ms=48)
+    await reply.all()
+    assert isinstance(reply.end, protocol.End)
+    assert reply.text == "word"
 
 
 async def test_nobody_who_wants_no_gap_waits_for_one(agent: Agent, engine: FakeEngine) -> None:
@@ -421,10 +453,11 @@ async def test_engine_that_dies_in_mid_stream_fails_the_request(agent: Agent, en
         b'data: {"choices": 5}\n\n',
         b'data: {"choices": [{"index": 4096, "delta": {"content": "a"}}]}\n\n',
         b'data: {"choices": [{"index": 0, "delta": {"content": "a"}, "token_ids": [-4]}]}\n\n',
+        b'data: {"choices": [{"index": 0, "delta": {"content": "\xff\xfe"}}]}\n\n',
         b"data: " + b"[" * 100_000 + b"\n\n",
         b"data: " + b"x" * (3 * 1024 * 1024),
     ],
-    ids=["not json", "wrong type", "index out of range", "negative id", "deep nesting", "endless event"],
+    ids=["not json", "wrong type", "index", "negative id", "not UTF-8", "deep nesting", "endless event"],
 )
 async def test_malformed_stream_fails_the_request(agent: Agent, engine: FakeEngine, data: bytes) -> None:
     async def speak(response: aiohttp.web.StreamResponse) -> None:
@@ -436,6 +469,7 @@ async def test_malformed_stream_fails_the_request(agent: Agent, engine: FakeEngi
     await reply.all()
     assert isinstance(reply.end, protocol.Failed)
     assert reply.end.code is protocol.FailureCode.INTERNAL
+    assert "engine" in reply.end.message  # and not an error of the agent's own
     assert reply.deltas == []
 
 

@@ -175,6 +175,7 @@ async def test_a_request_is_receipted_signed_twice_kept_and_verified(
         {"page": None},
         {"page": {**receipt["page"], "proof": ["zz"]}},
         {"statement": 7},
+        {"says": {**says, "cost_nano": 1}},
     ):
         with pytest.raises(ReceiptInvalid):
             check({**receipt, **change})

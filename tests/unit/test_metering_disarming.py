@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from letters import CHATML, letters_tokenizer, tokenizer_files
 from tokenizers import Tokenizer, models, normalizers
 
 from marketplace.metering.counting import TokenCounter
-from marketplace.metering.disarming import JOINERS, Disarmer
+from marketplace.metering.disarming import JOINERS, Disarmer, pattern_of
 
 MARKS = {"<|im_start|>", "<|im_end|>"}
 _tokenizer = letters_tokenizer()
@@ -91,6 +93,42 @@ def test_names_inside_names_are_disarmed_too() -> None:
     disarmer = Disarmer(["[INST]", "INST]", "<s>"], lambda text: False)
     text = disarmer.text("[INST]<<s>>")
     assert not any(name in text for name in ("[INST]", "INST]", "<s>"))
+
+
+NAMES = st.lists(st.text("ab|.(<", min_size=1, max_size=5), min_size=1, max_size=12)
+
+
+@given(NAMES, st.text("ab|.(<", max_size=40))
+def test_the_tree_of_names_finds_what_the_names_one_by_one_do(names: list[str], text: str) -> None:
+    one_by_one = "|".join(re.escape(name) for name in sorted(set(names), key=len, reverse=True))
+    found = [match.span() for match in re.finditer(pattern_of(names), text)]
+    assert found == [match.span() for match in re.finditer(one_by_one, text)]
+
+
+def test_names_of_one_beginning_share_it() -> None:
+    assert pattern_of(["<ab>", "<ac>", "<a", "x"]) == r"(?:<a(?:b>|c>)?|x)"
+    assert pattern_of(["<s>"]) == "<s>"
+
+
+@given(NAMES, st.text("abAB|.(<", max_size=40))
+def test_case_is_ignored_where_the_tokenizer_ignores_it(names: list[str], text: str) -> None:
+    marks = [name for name in names if len(name) > 1]
+    disarmed = Disarmer([*marks, *map(str.upper, marks)], lambda _: False, ignores_case=True).text(text)
+    assert not any(mark.lower() in disarmed.lower() for mark in marks)
+    assert disarmed.replace(JOINERS[0], "") == text
+
+
+@pytest.mark.parametrize("ignores_case", [False, True])
+def test_a_text_full_of_beginnings_is_looked_through_once(ignores_case: bool) -> None:
+    names = [f"<|reserved_special_token_{number}|>" for number in range(250)]
+    disarmer = Disarmer(names, lambda _: False, ignores_case=ignores_case)
+    one_by_one = re.compile("|".join(map(re.escape, names)), re.IGNORECASE if ignores_case else re.NOFLAG)
+    hostile = "<|reserved_special_token_1" * 10_000
+    began_s = time.process_time()
+    assert disarmer.text(hostile) == hostile
+    taken_s, began_s = time.process_time() - began_s, time.process_time()
+    assert one_by_one.search(hostile) is None
+    assert taken_s < (time.process_time() - began_s) / 4  # seen: a fiftieth
 
 
 def test_a_tokenizer_that_swallows_joiners_gets_another() -> None:

@@ -104,6 +104,14 @@ def test_newer_peers_are_understood() -> None:
         raw(1, 0, [[128]]),
         raw(1, 0, [[0, None, None, None, None, None, None, None, [-1]]]),
         raw(1, 0, [], [2**31]),
+        raw(3, 0, 2**31),
+        encode(Delta(0, [ChoiceDelta(content="ab")])).replace(b"ab", b"\xff\xfe"),
+        raw(1, 0, [[]] * (protocol.CHOICE_DELTAS_MAX + 1)),
+        raw(1, 0, [], [1] * (protocol.PROMPT_IDS_PER_FRAME + 1)),
+        raw(1, 0, [[0, *[None] * 7, [1] * (protocol.TOKEN_IDS_MAX + 1)]]),
+        raw(1, 0, [[0, None, None, None, [[0]] * (protocol.PIECES_MAX + 1)]]),
+        raw(1, 0, [[0, *[None] * 4, [["a", 0]] * (protocol.PIECES_MAX + 1)]]),
+        raw(1, 0, [[0, *[None] * 4, [["a", 0, None, [["a", 0]] * (protocol.TOP_LOGPROBS_MAX + 1)]]]]),
         raw(4, 0, "internal", "x" * 501, True),
         raw(4, 0, "internal", "x", 1),
     ],
@@ -111,6 +119,33 @@ def test_newer_peers_are_understood() -> None:
 def test_malformed_frames_are_refused(data: bytes) -> None:
     with pytest.raises(MessageMalformedError):
         protocol.decode_frame(data)
+
+
+def test_receipts_that_are_not_utf_8_are_refused() -> None:
+    countersigned = encode(protocol.Countersigned(b"s" * 64))
+    with pytest.raises(MessageMalformedError):
+        protocol.decode_countersigned(countersigned.replace(b"countersigned", b"counter\xff\xfeigned"))
+    with pytest.raises(MessageMalformedError):
+        protocol.decode_statement(b'{"id":"\xff\xfe"}')
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ChoiceDelta(tool_calls=[ToolCallDelta(0)] * 100),
+        ChoiceDelta(logprobs=[TokenLogprob("", 0)] * 100),
+        ChoiceDelta(logprobs=[TokenLogprob("", 0, top=[TopLogprob("", 0)] * 99)]),
+    ],
+    ids=["tool calls", "logprobs", "top logprobs"],
+)
+def test_a_frames_pieces_are_limited_in_all(choice: ChoiceDelta) -> None:
+    """Each list may be within its own limit, and yet they be more than a buyer can be written."""
+    most = protocol.PIECES_MAX // 101
+    small = ChoiceDelta()
+    assert protocol.pieces([choice, small]) in {101, 102}
+    feed([Accepted(0), Delta(1, [choice] * most)])
+    with pytest.raises(MessageTooLargeError):
+        feed([Accepted(0), Delta(1, [choice] * (most + 2))])
 
 
 def test_sizes_are_limited() -> None:

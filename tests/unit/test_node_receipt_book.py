@@ -10,8 +10,11 @@ import msgspec
 import nkeys
 import pytest
 from nacl.signing import SigningKey
+from typer.testing import CliRunner
 
+from marketplace.cli import app as marketplace_app
 from node_agent import protocol
+from node_agent.cli import app as node_app
 from node_agent.journal import Entry, Journal, RotatingFile, find_entries
 from node_agent.protocol import ProtocolError, Receipts, Statement
 from node_agent.receipts import (
@@ -64,6 +67,39 @@ def test_what_was_served_is_signed_kept_and_provable(book: ReceiptBook, tmp_path
     assert marketplace_keys(tmp_path) == {bytes(KEY.verify_key).hex()}
     with pytest.raises(ReceiptError):
         kept_receipt(tmp_path, ID.format(9), public_key=NODE_KEY)
+
+
+@pytest.mark.parametrize(
+    ("says", "is_valid"),
+    [
+        (msgspec.to_builtins(STATED), True),
+        ({**msgspec.to_builtins(STATED), "cost_nano": 1}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+def test_what_a_receipt_says_is_what_is_signed(
+    book: ReceiptBook, tmp_path: Path, says: object, is_valid: bool
+) -> None:
+    book.remember(SERVED)
+    book.countersign(page_of(STATED))
+    receipt = msgspec.to_builtins(kept_receipt(tmp_path, STATED.id, public_key=NODE_KEY))
+    file = tmp_path / "receipt.json"
+    file.write_bytes(msgspec.json.encode({**receipt, "says": says}))
+    for app, command in (
+        (marketplace_app, ["receipts", "verify", str(file)]),
+        (node_app, ["verify-receipt", str(file), "--data-dir", str(tmp_path)]),
+    ):
+        done = CliRunner().invoke(app, command, env={"COLUMNS": "1000"})
+        assert done.exit_code == (0 if is_valid else 1), done.output
+        assert ("`says` is not what the signed statement says" in done.output) is not is_valid
+
+
+def test_a_receipt_is_looked_for_by_id_only_where_a_node_is_enrolled(tmp_path: Path) -> None:
+    done = CliRunner().invoke(node_app, ["verify-receipt", "x", "--data-dir", str(tmp_path)])
+    assert (done.exit_code, isinstance(done.exception, SystemExit)) == (1, True)
+    assert "There is no file x" in done.output
+    assert "Enrol this machine first" in done.output
 
 
 def test_a_page_shown_again_is_signed_alike_and_kept_once(book: ReceiptBook, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import contextlib
 import itertools
 import json
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,8 +23,17 @@ from node_agent.engines import (
 from node_agent.engines.openai_stream import EventSplitter, clean_usage, error_text, parse_chunk
 from node_agent.journal import Entry, Journal
 from node_agent.load import Load, parse_load
-from node_agent.protocol import ChoiceDelta, ToolCallDelta
-from node_agent.relay import _Gathered
+from node_agent.protocol import (
+    CHOICE_DELTAS_MAX,
+    PIECES_MAX,
+    ChoiceDelta,
+    Delta,
+    End,
+    ReplyReader,
+    Request,
+    ToolCallDelta,
+)
+from node_agent.relay import Relay, _Gathered, until_tick
 
 STREAM = (
     b'data: {"a": 1}\n\n: comment\n\ndata:two\ndata: lines\nid: 7\n\n'
@@ -170,6 +181,33 @@ def test_gathered_answer_is_joined_per_choice() -> None:
     assert gathered.is_empty
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ChoiceDelta(content="a"),
+        ChoiceDelta(tool_calls=[ToolCallDelta(0, arguments="a")] * (PIECES_MAX // CHOICE_DELTAS_MAX * 2)),
+    ],
+    ids=["words", "pieces of calls"],
+)
+async def test_what_a_fast_engine_said_meanwhile_goes_out_in_lawful_frames(choice: ChoiceDelta) -> None:
+    said: list[ChoiceDelta] = []
+    frames: list[bytes] = []
+
+    async def chat(body: dict[str, Any], model: str) -> AsyncGenerator[list[EngineEvent], None]:
+        yield [EngineEvent([choice]) for _ in range(CHOICE_DELTAS_MAX + 1)]
+
+    async def publish(data: bytes) -> None:
+        frames.append(data)
+
+    request = Request(1, "r", "m", b"{}", True, 5_000)
+    assert (await Relay(request, publish, now_ms=lambda: 0).run(chat, "m")).outcome == "ok"
+    reader = ReplyReader(request.credit)
+    for frame in map(reader.feed, frames):
+        said += frame.choices if isinstance(frame, Delta) else []
+    assert isinstance(frame, End)
+    assert said == [choice] * (CHOICE_DELTAS_MAX + 1)
+
+
 def test_load_is_read_leniently() -> None:
     text = """# HELP x
 vllm:num_requests_running{engine="0",model_name="m"} 3.0
@@ -204,3 +242,8 @@ def test_journal_is_private_appended_and_rotated(tmp_path: Path) -> None:
         json.loads(line)["time_ms"] for file in reversed(files) for line in file.read_text().splitlines()
     ]
     assert lines == list(range(lines[0], 100))
+
+
+@pytest.mark.parametrize(("now_s", "left_s"), [(10.0, 0.5), (10.25, 0.25), (10.44, 0.06), (10.46, 0.54)])
+def test_the_next_tick_is_a_multiple_of_the_gap_and_not_a_moment_away(now_s: float, left_s: float) -> None:
+    assert until_tick(now_s, 0.5) == pytest.approx(left_s)
