@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from chain.addresses import parse_payout_address
 from chain.errors import ChainError
 from chain.networks import Chain
 from chain.units import parse_usdc
@@ -66,15 +67,46 @@ def _plain_errors() -> Iterator[None]:
         err.print(f"[red]tollway:[/] {escape(str(e))}")
         raise typer.Exit(1) from e
     except OSError as e:
-        err.print(f"[red]tollway:[/] {e.strerror or e}: {e.filename or ''}")
+        err.print(f"[red]tollway:[/] {escape(_missing(e))}")
         raise typer.Exit(1) from e
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
 
+def _missing(error: OSError) -> str:
+    # Of a database's socket that is gone asyncpg names no file.
+    if error.filename is None and isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return "the database does not answer: the stack does not run; start it with `make up`"
+    return f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+
+
+def _refused_value(error: Exception) -> str | None:
+    """What the database says of a value it never takes (SQLSTATE classes 22, 23); None: another error."""
+    if "sqlalchemy" not in sys.modules:  # half of a command's start-up time, needed by some
+        return None
+    from asyncpg import DataError, IntegrityConstraintViolationError, InterfaceError
+    from sqlalchemy.exc import DBAPIError
+
+    cause = error.orig.__cause__ if isinstance(error, DBAPIError) and error.orig is not None else None
+    match cause:
+        case IntegrityConstraintViolationError(constraint_name=str(name)):
+            return f"a value breaks the book's rule {name}: give another"
+        case IntegrityConstraintViolationError() | DataError():
+            return f"the book takes no such value: {cause.args[0]}"
+        case InterfaceError() if isinstance(cause, ValueError):  # the driver's word, such as: out of range
+            return f"the book takes no such value: {str(cause.args[0]).rpartition('(')[2].rstrip(')')}"
+    return None
+
+
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
     with _plain_errors():
-        return asyncio.run(work)
+        try:
+            return asyncio.run(work)
+        except Exception as e:  # here and not for processes: of those it is a fault, to be traced
+            said = _refused_value(e)
+            if said is None:
+                raise
+            raise ValueError(said) from e
 
 
 def _settings(data_dir: Path) -> Settings:
@@ -122,7 +154,7 @@ def serve(
 def watch(
     chains: Annotated[list[Chain] | None, typer.Argument(help="Which; all if none is named.")] = None,
     start: Annotated[
-        int | None, typer.Option("--from", help="Height to start at, at a chain's very first start.")
+        int | None, typer.Option("--from", min=0, help="Height to start at, at a chain's very first start.")
     ] = None,
     early_account: Annotated[
         str | None, typer.Option(help="Lend a buyer so many USDC against deposits not yet final.")
@@ -245,7 +277,11 @@ def faucet(
     """Development chains: mint USDC to a wallet and give it gas."""
     from marketplace.stack.commands import run_faucet
 
-    out.print(_run(run_faucet(data_dir, chain, to, parse_usdc(usdc))))
+    with _plain_errors():
+        amount, wallet = parse_usdc(usdc), parse_payout_address(chain, to)
+        if amount.n == 0:
+            raise ValueError("0 USDC cannot be minted: give more")
+    out.print(_run(run_faucet(data_dir, chain, wallet, amount)))
 
 
 # ---- the book
@@ -315,7 +351,9 @@ def models_add(
         Path, typer.Option(help="A Hugging Face model folder (tokenizer and template are read).")
     ],
     tier: Annotated[str, typer.Option(help="small, medium, large or premium (explicit, R8).")],
-    context: Annotated[int | None, typer.Option(help="Tokens; the model's own if not given.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, max=2**31 - 1, help="Tokens; the model's own if not given.")
+    ] = None,
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
     """Put a model on offer, or change its entry."""
@@ -448,7 +486,8 @@ def batch_export(
     from marketplace.settlement import commands
 
     identity = _uuid(batch)
-    file.write_bytes(_with_book(data_dir, lambda engine, *_: commands.export(engine, identity)))
+    with _plain_errors():
+        file.write_bytes(_with_book(data_dir, lambda engine, *_: commands.export(engine, identity)))
     out.print(str(file))
 
 
@@ -479,7 +518,8 @@ def batch_approve(
     """Store a signer's approval; at the threshold the settler goes on."""
     from marketplace.settlement import commands
 
-    document = approval.read_bytes()
+    with _plain_errors():
+        document = approval.read_bytes()
     batch, status = _with_book(
         data_dir,
         lambda engine, chains, clock: commands.approve(engine, chains, clock, document, pushed_by=actor),
@@ -540,7 +580,7 @@ def batch_sanctions(
 @batch_app.command("rules")
 def batch_rules(
     large_above: Annotated[str, typer.Option(help="USDC above which a batch is large.")],
-    large_approvals: Annotated[int, typer.Option(help="Signers a large batch needs.")],
+    large_approvals: Annotated[int, typer.Option(min=1, max=11, help="Signers a large batch needs.")],
     daily_max: Annotated[str, typer.Option(help="USDC that may be planned in 24 hours, all chains.")],
     actor: Annotated[str, typer.Option("--as", help="Who decides.")],
     reason: Annotated[str, typer.Option(help="Why; kept for ever.")],
@@ -560,27 +600,32 @@ def batch_rules(
 
 @batch_app.command("rebalance")
 def batch_rebalance(
-    amount: Annotated[str, typer.Argument(help="USDC.")],
+    amount: Annotated[str, typer.Argument(help="USDC that arrived, all of it.")],
     source: Annotated[str, typer.Option("--from", help="The chain whose escrow it left, or `card`.")],
     target: Annotated[Chain, typer.Option("--to", help="The chain whose escrow it arrived in.")],
+    arrived: Annotated[str, typer.Option(help="The deposit's key, as `deposits cases` prints it.")],
     ref: Annotated[str, typer.Option(help="The movement's own name: the transaction that left.")],
     actor: Annotated[str, typer.Option("--as", help="Who decides.")],
     reason: Annotated[str, typer.Option(help="Why; kept for ever.")],
+    fee: Annotated[str, typer.Option(help="USDC that a bridge kept: it left too, and did not arrive.")] = "0",
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
     """Book USDC that people moved between escrows, or bought with card money, once it has arrived."""
     from marketplace.settlement import commands
 
     with _plain_errors():
-        moved = parse_usdc(amount)
+        moved, kept = parse_usdc(amount), parse_usdc(fee)
         origin: Chain | Literal["card"] = "card" if source == "card" else Chain(source)
     _with_book(
         data_dir,
-        lambda engine, *_: commands.rebalance(
+        lambda engine, _, clock: commands.rebalance(
             engine,
+            clock,
             origin,
             target,
             moved,
+            arrived=arrived,
+            fee=kept,
             ref=ref,
             actor=actor,
             reason=reason,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import re
@@ -23,6 +24,7 @@ from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 from xdist.scheduler import LoadScopeScheduling
 
+import chain.evm  # noqa: F401  # before a test imports eth-account itself: it puts the recursion limit back
 from marketplace.platform import database
 from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
@@ -155,7 +157,19 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
 @pytest.fixture(scope="session")
 def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedNats]:
     """A nats-server with our configuration, for the whole run."""
-    folder: Path = tmp_path_factory.mktemp("nats")
+    with _running_nats(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture
+def own_nats_server(tmp_path: Path) -> Iterator[EmbeddedNats]:
+    """A nats-server of the test's own, to be stopped or killed."""
+    with _running_nats(tmp_path) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _running_nats(folder: Path) -> Iterator[EmbeddedNats]:
     server = EmbeddedNats(folder / "nats", free_port(), load_or_make_credentials(folder / "secrets"))
     server.start()
     try:

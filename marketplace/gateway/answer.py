@@ -7,10 +7,27 @@ We write our own JSON and SSE from typed fields, so a node can inject no event, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast, get_args
 
 import msgspec
 
+from marketplace.gateway.answer_shapes import (
+    ChatChoiceOut,
+    ChatChunkChoiceOut,
+    ChatChunkOut,
+    ChatCompletionOut,
+    DeltaOut,
+    FinishReason,
+    FunctionDeltaOut,
+    FunctionOut,
+    LogprobOut,
+    LogprobsOut,
+    MessageOut,
+    ToolCallDeltaOut,
+    ToolCallOut,
+    TopLogprobOut,
+    UsageOut,
+)
 from marketplace.metering.counting import Written
 from node_agent.protocol import ChoiceDelta, Delta, End, ResponseDigest, TokenLogprob, ToolCallDelta
 
@@ -18,35 +35,21 @@ DONE: Final = b"data: [DONE]\n\n"
 encode: Final = msgspec.json.Encoder().encode
 
 
-class UsageOut(msgspec.Struct, omit_defaults=True):
-    """OpenAI's usage object, and what the request cost."""
+@dataclass(slots=True)
+class Call:
+    """What came of one tool call so far, piece by piece: texts that grow would be copied with each."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    cost: str
-    """Dollars, a decimal string."""
-    cost_nano: int
-    receipt_id: str
-    counted_by: str
-    counted_on: str
-    """`ids` the engine sampled, or the delivered `text` encoded again."""
+    names: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    id: str | None = None
 
+    @property
+    def name(self) -> str:
+        return "".join(self.names)
 
-class _ChoiceOut(msgspec.Struct):
-    index: int
-    delta: dict[str, Any]
-    logprobs: dict[str, Any] | None
-    finish_reason: str | None
-
-
-class _Chunk(msgspec.Struct, omit_defaults=True):
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[Any]
-    usage: UsageOut | None = None
+    @property
+    def arguments(self) -> str:
+        return "".join(self.parts)
 
 
 @dataclass(slots=True)
@@ -57,55 +60,43 @@ class Choice:
     reasoning: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    tool_calls: dict[int, Call] = field(default_factory=dict)
     has_all_ids: bool = True
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     delivered: bool = False
 
 
-FINISH_REASONS: Final = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
+FINISH_REASONS: Final = frozenset(get_args(FinishReason))
 
 
-def _logprobs_out(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None:
+def _logprobs_out(logprobs: list[TokenLogprob] | None) -> LogprobsOut | None:
     if not logprobs:
         return None
-    content = [
-        {
-            "token": entry.token,
-            "logprob": entry.logprob,
-            "bytes": entry.bytes,
-            "top_logprobs": [
-                {"token": top.token, "logprob": top.logprob, "bytes": top.bytes} for top in entry.top
-            ],
-        }
+    return LogprobsOut([
+        LogprobOut(
+            entry.token, entry.logprob, entry.bytes,
+            [TopLogprobOut(top.token, top.logprob, top.bytes) for top in entry.top],
+        )
         for entry in logprobs
-    ]
-    return {"content": content}
+    ])  # fmt: skip
 
 
-def _tool_calls_out(calls: list[ToolCallDelta]) -> list[dict[str, Any]]:
-    out = []
-    for call in calls:
-        function = {
-            name: value
-            for name, value in (("name", call.name), ("arguments", call.arguments))
-            if value is not None
-        }
-        entry: dict[str, Any] = {"index": call.index, "function": function}
-        if call.id is not None:
-            entry |= {"id": call.id, "type": "function"}
-        out.append(entry)
-    return out
-
-
-def _whole_calls(calls: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+def _call_deltas_out(calls: list[ToolCallDelta]) -> list[ToolCallDeltaOut]:
     return [
-        {
-            "id": call["id"] or f"call-{at}",
-            "type": "function",
-            "function": {"name": call["name"], "arguments": call["arguments"]},
-        }
+        ToolCallDeltaOut(
+            call.index,
+            FunctionDeltaOut(call.name, call.arguments),
+            id=call.id,
+            type=None if call.id is None else "function",
+        )
+        for call in calls
+    ]
+
+
+def _calls_out(calls: dict[int, Call]) -> list[ToolCallOut]:
+    return [
+        ToolCallOut(call.id or f"call-{at}", "function", FunctionOut(call.name, call.arguments))
         for at, call in sorted(calls.items())
     ]
 
@@ -118,8 +109,10 @@ class Answer:
     """One chat's answer as it grows; `choices` is how many were asked for (`n`)."""
 
     ID_START: ClassVar = "chatcmpl-"
+    WHOLE: ClassVar[Any] = ChatCompletionOut
+    CHUNK: ClassVar[Any] = ChatChunkOut
     OBJECT: ClassVar = "chat.completion"
-    CHUNK: ClassVar = "chat.completion.chunk"
+    CHUNK_OBJECT: ClassVar = "chat.completion.chunk"
 
     def __init__(self, *, request_id: str, model: str, created_s: int, choices: int) -> None:
         self.request_id = request_id
@@ -190,13 +183,18 @@ class Answer:
         if delta.logprobs:
             choice.logprobs.extend(delta.logprobs)
         for call in delta.tool_calls or ():
-            known = choice.tool_calls.setdefault(call.index, {"name": "", "arguments": "", "id": None})
-            known["name"] += call.name or ""
-            known["arguments"] += call.arguments or ""
-            known["id"] = call.id or known["id"]
+            known = choice.tool_calls.get(call.index)
+            if known is None:
+                known = choice.tool_calls[call.index] = Call()
+            if call.name:
+                known.names.append(call.name)
+            if call.arguments:
+                known.parts.append(call.arguments)
+            known.id = call.id or known.id
         if delta.finish_reason is not None:
             self._open -= choice.finish_reason is None
-            choice.finish_reason = delta.finish_reason if delta.finish_reason in FINISH_REASONS else "stop"
+            is_known = delta.finish_reason in FINISH_REASONS
+            choice.finish_reason = cast("FinishReason", delta.finish_reason) if is_known else "stop"
             choice.stop_reason = delta.stop_reason
 
     @property
@@ -217,7 +215,7 @@ class Answer:
                 ids=choice.ids,
                 text="".join(choice.text),
                 reasoning="".join(choice.reasoning),
-                calls=[call["name"] + call["arguments"] for call in choice.tool_calls.values()],
+                calls=[call.name + call.arguments for call in choice.tool_calls.values()],
                 has_all_ids=choice.has_all_ids,
                 stop_reason=choice.stop_reason,
             )
@@ -229,7 +227,7 @@ class Answer:
         digest = ResponseDigest()
         for index, choice in self._choices.items():
             calls = [
-                ToolCallDelta(at, name=call["name"], arguments=call["arguments"])
+                ToolCallDelta(at, name=call.name, arguments=call.arguments)
                 for at, call in choice.tool_calls.items()
             ]
             said, thought = "".join(choice.text), "".join(choice.reasoning)
@@ -273,23 +271,21 @@ class Answer:
 
     def _choice_out(self, delta: ChoiceDelta) -> Any:
         """Give one event's choice; the subclass of text completions gives its own."""
-        out: dict[str, Any] = {}
+        out = DeltaOut()
         choice = self._choices[delta.index]
         if not choice.delivered:
-            out["role"] = "assistant"
-            out["content"] = ""
+            out.role, out.content = "assistant", ""
             choice.delivered = True
         if delta.content is not None:
-            out["content"] = delta.content
-        if delta.reasoning is not None:
-            out["reasoning_content"] = delta.reasoning
+            out.content = delta.content
+        out.reasoning_content = delta.reasoning
         if delta.tool_calls:
-            out["tool_calls"] = _tool_calls_out(delta.tool_calls)
+            out.tool_calls = _call_deltas_out(delta.tool_calls)
         finish = choice.finish_reason if delta.finish_reason is not None else None
-        return _ChoiceOut(delta.index, out, _logprobs_out(delta.logprobs), finish)
+        return ChatChunkChoiceOut(delta.index, out, _logprobs_out(delta.logprobs), finish)
 
     def _event(self, choices: list[Any], usage: UsageOut | None = None) -> bytes:
-        chunk = _Chunk(self.request_id, self.CHUNK, self._created_s, self._model, choices, usage)
+        chunk = self.CHUNK(self.request_id, self.CHUNK_OBJECT, self._created_s, self._model, choices, usage)
         return b"data: " + encode(chunk) + b"\n\n"
 
     def usage_event(self, usage: UsageOut) -> bytes:
@@ -298,33 +294,16 @@ class Answer:
 
     def completion(self, usage: UsageOut) -> bytes:
         """Write the whole answer as one JSON object."""
-        return encode(
-            {
-                "id": self.request_id,
-                "object": self.OBJECT,
-                "created": self._created_s,
-                "model": self._model,
-                "choices": [
-                    self._whole_choice(index, self._choices[index]) for index in sorted(self._choices)
-                ],
-                "usage": usage,
-            }
-        )
+        choices = [self._whole_choice(index, self._choices[index]) for index in sorted(self._choices)]
+        return encode(self.WHOLE(self.request_id, self.OBJECT, self._created_s, self._model, choices, usage))
 
-    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    def _whole_choice(self, index: int, choice: Choice) -> Any:
         text = "".join(choice.text)
-        message: dict[str, Any] = {"role": "assistant", "content": text}
-        if choice.reasoning:
-            message["reasoning_content"] = "".join(choice.reasoning)
+        message = MessageOut("assistant", text, "".join(choice.reasoning) or None)
         if choice.tool_calls:
-            message["content"] = text or None
-            message["tool_calls"] = _whole_calls(choice.tool_calls)
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": _logprobs_out(choice.logprobs),
-            "finish_reason": choice.finish_reason or "stop",
-        }
+            message.content, message.tool_calls = text or None, _calls_out(choice.tool_calls)
+        finish = choice.finish_reason or "stop"
+        return ChatChoiceOut(index, message, _logprobs_out(choice.logprobs), finish)
 
 
 def error_event(body: dict[str, Any]) -> bytes:

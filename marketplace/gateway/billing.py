@@ -3,7 +3,8 @@
 The law: a settlement that has begun is carried to its end, whoever stops waiting for it; a request's hold
 has one owner at a time (the request until its settlement begins, then the settlement, then the poster) and
 is ended exactly once.  What cannot be posted because the ledger takes nothing just now is tried again for
-a minute: the buyer has had his answer and is told that the bill is open.
+a minute if the buyer has had the answer (he is told that the bill is open); an answer that he will not get
+is not billed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from uuid import UUID
 
 from marketplace.fabric.node_ids import node_uuid
 from marketplace.gateway import metrics
-from marketplace.gateway.answer import UsageOut
+from marketplace.gateway.answer_shapes import UsageOut
 from marketplace.gateway.ports import LedgerAccounts
 from marketplace.gateway.receipts_writer import Attempt, Drift, Hashes, ReceiptWriter
 from marketplace.gateway.session import Session
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 BIG_TEXT_BYTES: Final = 16_384
-"""Counting more than this (about 8 ms) leaves the event loop for a thread."""
+"""Counting more text and ids than this (about 8 ms) leaves the event loop for a thread."""
 RECORD_S_MAX: Final = 1.0
 """A refusal waits this long for its usage row; it is worth nothing, so it leaves without it if need be."""
 RETRY_PAUSES_S: Final = (1, 2, 4, 8, 15, 30)
@@ -92,8 +93,11 @@ class Billing:
             try:
                 charge = await self._attempt(session, hold, usage, status)
             except LedgerUnavailable:
-                self._start(self._attempt_later(session, hold, usage, status))
-                is_ours = False
+                if status == 200 and not session.has_streamed:  # a whole answer, which he will not get
+                    session.is_charged = False
+                else:
+                    self._start(self._attempt_later(session, hold, usage, status))
+                    is_ours = False
                 raise
         finally:
             if hold is not None and is_ours:
@@ -142,8 +146,7 @@ class Billing:
         if session.is_recorded or not session.buyer or status == 429:  # a flood must not fill the ledger
             return
         session.is_recorded = True
-        recording = asyncio.ensure_future(self._to_the_end(self._record(session, status, code)))
-        await asyncio.wait({recording}, timeout=RECORD_S_MAX)
+        await asyncio.wait({self._start(self._record(session, status, code))}, timeout=RECORD_S_MAX)
 
     async def _record(self, session: Session, status: int, code: str) -> None:
         node = session.node
@@ -180,7 +183,7 @@ class Billing:
             ]
             return sum(tokens for tokens, _ in counts), max((on for _, on in counts), default=CountedOn.IDS)
 
-        is_big = sum(len(choice.everything) for choice in written) > BIG_TEXT_BYTES
+        is_big = sum(len(choice.everything) + len(choice.ids) for choice in written) > BIG_TEXT_BYTES
         completion_counted, counted_on = await asyncio.to_thread(count) if is_big else count()
         return settle(
             prompt_counted=session.prompt_tokens,

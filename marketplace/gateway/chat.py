@@ -40,7 +40,8 @@ from marketplace.fabric.errors import (
 from marketplace.fabric.node_client import AnswerFrame, NodeClient
 from marketplace.gateway import metrics
 from marketplace.gateway.admission import Admission, Reserved, may_use
-from marketplace.gateway.answer import DONE, Answer, ChoiceUnknown, UsageOut, encode, error_event
+from marketplace.gateway.answer import DONE, Answer, ChoiceUnknown, encode, error_event
+from marketplace.gateway.answer_shapes import UsageOut
 from marketplace.gateway.billing import BIG_TEXT_BYTES, Billing
 from marketplace.gateway.completions import PATH as COMPLETIONS_PATH
 from marketplace.gateway.completions import CompletionAnswer, parse_completion
@@ -51,7 +52,7 @@ from marketplace.gateway.receipts_writer import ReceiptWriter
 from marketplace.gateway.requests import InferenceRequest, engine_body, parse_chat
 from marketplace.gateway.responder import BuyerGone, Headers, Responder
 from marketplace.gateway.session import Session
-from marketplace.ledger.errors import InsufficientFunds, LedgerError, LedgerFault, UnknownResult
+from marketplace.ledger.errors import InsufficientFunds, KeyReused, LedgerError, LedgerFault, UnknownResult
 from marketplace.ledger.lease_keeper import LeaseKeeper
 from marketplace.ledger.money import Nano, dollars
 from marketplace.ledger.poster import Poster
@@ -197,10 +198,14 @@ class ChatService:
             session.status = BUYER_LEFT
             await self._billing.record_refusal(session, status=BUYER_LEFT, code="buyer_left")
         except UnknownResult:
+            self._refuse(responder, session, _unconfirmed(session))
+        except KeyReused:
+            session.is_overtaken = True
             self._refuse(responder, session, Refusal(
-                503, "charge_unconfirmed",
-                f"the answer is complete, but its charge is not confirmed yet; request {session.request_id} "
-                "will show in your usage once it is",
+                409, "idempotency_overtaken",
+                "this gateway was held up, and another served and charged this request meanwhile; "
+                "ask again with the same Idempotency-Key for its answer",
+                retry_after_s=1,
             ))  # fmt: skip
         except (LedgerFault, KeysUnavailable) as e:
             _log.warning("billing is unavailable: %s", type(e).__name__, extra=session.log_fields)
@@ -226,6 +231,8 @@ class ChatService:
     async def _stopped(self, responder: Responder, session: Session) -> None:
         """This gateway is stopping and has no time left: bill what was delivered, and say so."""
         refusal = Refusal(503, "gateway_stopping", "this gateway is stopping; try again", retry_after_s=1)
+        if session.is_charged and not session.has_streamed:
+            refusal = _unconfirmed(session)  # who tried again would pay twice
         with contextlib.suppress(LedgerError):  # it is logged, and tried again as far as it can be
             if session.has_streamed and not session.is_recorded:
                 await self._settle(session, status=refusal.status)
@@ -324,9 +331,10 @@ class ChatService:
         text = key.decode("latin-1").strip()
         found = self._keys.lookup(text) or await self._keys.find(text)
         if found is None:
-            raise Refusal(
-                401, "invalid_api_key", "this API key does not work: it is mistyped, unknown or revoked"
-            )
+            why = "this API key does not work: it is mistyped, unknown or revoked"
+            if text.startswith("st-"):
+                why = "this is a session's token, which cannot chat: make a key with POST /api/keys"
+            raise Refusal(401, "invalid_api_key", why)
         if "inference" not in found.scopes:
             raise Refusal(403, "missing_scope", "this key lacks the scope 'inference'")
         return found
@@ -679,6 +687,14 @@ def _check_context(session: Session, request: InferenceRequest, model: ModelFact
             f"the prompt has {prompt} tokens{wanted}; {model.name} takes {model.context} in all",
             param=request.prompt_field if prompt >= model.context else "max_tokens",
         )  # fmt: skip
+
+
+def _unconfirmed(session: Session) -> Refusal:
+    return Refusal(
+        503, "charge_unconfirmed",
+        f"the answer is complete, but its charge is not confirmed yet; request {session.request_id} "
+        "will show in your usage once it is",
+    )  # fmt: skip
 
 
 def _raise_if_request_is_bad(error: RequestBroken) -> None:

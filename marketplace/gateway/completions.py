@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from marketplace.gateway.answer import Answer, Choice
+from marketplace.gateway.answer_shapes import TextChoiceOut, TextCompletionOut, TextLogprobsOut
 from marketplace.gateway.requests import (
     CHOICES_MAX,
     DEPTH_MAX,
@@ -93,19 +94,14 @@ def parse_completion(body: bytes) -> CompletionRequest:
     return request
 
 
-class _Logprobs(msgspec.Struct):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
 class CompletionAnswer(Answer):
     """A text completion's answer, in OpenAI's older shape."""
 
     ID_START: ClassVar = "cmpl-"
+    WHOLE: ClassVar[Any] = TextCompletionOut
+    CHUNK: ClassVar[Any] = TextCompletionOut
     OBJECT: ClassVar = "text_completion"
-    CHUNK: ClassVar = "text_completion"
+    CHUNK_OBJECT: ClassVar = "text_completion"
 
     def __init__(self, *, request_id: str, model: str, created_s: int, choices: int) -> None:
         super().__init__(request_id=request_id, model=model, created_s=created_s, choices=choices)
@@ -115,24 +111,18 @@ class CompletionAnswer(Answer):
         del delta
         return False
 
-    def _choice_out(self, delta: ChoiceDelta) -> dict[str, Any]:
+    def _choice_out(self, delta: ChoiceDelta) -> TextChoiceOut:
         choice = self._choices[delta.index]
-        return {
-            "index": delta.index,
-            "text": delta.content or "",
-            "logprobs": self._columns(delta.index, delta.logprobs),
-            "finish_reason": choice.finish_reason if delta.finish_reason is not None else None,
-        }
+        finish = choice.finish_reason if delta.finish_reason is not None else None
+        return TextChoiceOut(
+            delta.index, delta.content or "", self._columns(delta.index, delta.logprobs), finish
+        )
 
-    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": "".join(choice.text),
-            "logprobs": self._columns(index, choice.logprobs),
-            "finish_reason": choice.finish_reason or "stop",
-        }
+    def _whole_choice(self, index: int, choice: Choice) -> TextChoiceOut:
+        finish = choice.finish_reason or "stop"
+        return TextChoiceOut(index, "".join(choice.text), self._columns(index, choice.logprobs), finish)
 
-    def _columns(self, index: int, rows: list[TokenLogprob] | None) -> _Logprobs | None:
+    def _columns(self, index: int, rows: list[TokenLogprob] | None) -> TextLogprobsOut | None:
         """Give rows as OpenAI's columns; offsets count characters of the answer."""
         if not rows:
             return None
@@ -142,7 +132,7 @@ class CompletionAnswer(Answer):
             offsets.append(offset)
             offset += len(row.token)
         self._offsets[index] = offset
-        return _Logprobs(
+        return TextLogprobsOut(
             tokens=[row.token for row in rows],
             token_logprobs=[row.logprob for row in rows],
             top_logprobs=[{top.token: top.logprob for top in row.top} for row in rows],

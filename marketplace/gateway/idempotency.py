@@ -9,7 +9,7 @@ byte, for 24 hours.  The law:
   to keep, or was lost between its charge and its keeping is 409 `idempotency_response_lost`, which names the
   receipt, and is never billed again;
 * who takes over from a gateway that died keeps the request's id, which is the charge's key: whatever
-  both of them post, the ledger takes one.
+  both of them post, the ledger takes one, and the other's buyer is told 409 `idempotency_overtaken`.
 
 Kept answers are content.  They are encrypted with a key derived from the buyer's API key, which we do not
 have: the database and our own secrets together do not open them (A77).  Who comes with another of his
@@ -334,7 +334,7 @@ class Idempotency:
             return _open(row.response, wanted, row.request_id)
         if row.state == "charged":
             await self._lost(connection, row.request_id)
-        if row.is_alive:
+        if row.is_alive or row.request_id in self._running:  # or here, though the database was away for long
             return None
         return await self._take_over(connection, row.request_id, wanted, values)
 
@@ -384,7 +384,7 @@ class Idempotency:
                     sealed = _seal(kept, claim)
                     values |= {"response": sealed, "size": len(sealed), "buyer_max": BUYER_BYTES_MAX}
                     await connection.execute(_KEEP, values)
-                elif session.usage is not None:
+                elif session.usage is not None or session.is_overtaken:
                     await connection.execute(_END_CHARGED, values)
                 elif session.is_charged:  # begun, and not known to have ended
                     await connection.execute(_LEAVE_IN_DOUBT, {**values, "doubt_s": DOUBT_S})

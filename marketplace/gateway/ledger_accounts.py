@@ -17,24 +17,26 @@ class RememberedAccounts:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._known: dict[Account, int] = {}
+        self._buyers: dict[UUID, int] = {}
+        self._operators: dict[UUID, int] = {}
 
     async def buyer(self, person_id: UUID) -> int:
         """The person's spending account; LedgerUnavailable when the database does not answer."""
-        return await self._id_of(buyer(str(person_id)))
+        known = self._buyers.get(person_id)
+        if known is None:
+            known = self._buyers[person_id] = await self._id_of(buyer(str(person_id)))
+        return known
 
     async def operator(self, person_id: UUID) -> int:
         """The person's earnings account; LedgerUnavailable when the database does not answer."""
-        return await self._id_of(operator_earnings(str(person_id)))
+        known = self._operators.get(person_id)
+        if known is None:
+            known = self._operators[person_id] = await self._id_of(operator_earnings(str(person_id)))
+        return known
 
     async def _id_of(self, account: Account) -> int:
-        known = self._known.get(account)
-        if known is not None:
-            return known
         try:
             async with transaction(self._engine) as connection:
-                found = await ensure_account(connection, account)
+                return await ensure_account(connection, account)
         except (SQLAlchemyError, OSError) as e:
             raise LedgerUnavailable(f"{account} cannot be read") from e
-        self._known[account] = found
-        return found

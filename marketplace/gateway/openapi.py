@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from marketplace.gateway.answer_shapes import ChatChunkOut, ChatCompletionOut, TextCompletionOut
 from marketplace.gateway.completions import CompletionRequest
 from marketplace.gateway.requests import ChatRequest, InferenceRequest
 from marketplace.gateway.responder import AsgiResponder
@@ -34,18 +35,10 @@ class _Served(Response):
 
 
 _REFUSAL: Final[dict[str, Any]] = {"model": RefusalOut}
-_ANSWER: Final[dict[str, Any]] = {
-    "description": "OpenAI's completion (or, with `stream`, server-sent events of its chunks). `usage` "
-    "also has `cost` (dollars, decimal string), `cost_nano` and `receipt_id`.",
-    "content": {
-        "application/json": {"schema": {"type": "object"}},
-        "text/event-stream": {"schema": {"type": "string"}},
-    },
-}
 
 
-def request_schema(kind: type[InferenceRequest]) -> dict[str, Any]:
-    """Give the request's JSON schema with its parts inline, as one OpenAPI object."""
+def schema_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Give the JSON schema of a request or an answer with its parts inline, as one OpenAPI object."""
     (schema,), components = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
 
     def inline(node: Any) -> Any:
@@ -60,25 +53,36 @@ def request_schema(kind: type[InferenceRequest]) -> dict[str, Any]:
     return found
 
 
-def _documented(kind: type[InferenceRequest]) -> dict[str, Any]:
+def _documented(
+    kind: type[InferenceRequest], whole: type[msgspec.Struct], chunk: type[msgspec.Struct]
+) -> dict[str, Any]:
     """Give what FastAPI is told of a route it does not itself serve."""
+    answer = {
+        "description": "OpenAI's completion; with `stream`, server-sent events, each an `x-event-schema`, "
+        "then `[DONE]`, or an error object where it breaks off. `usage` also has `cost` (dollars, decimal "
+        "string), `cost_nano` and `receipt_id`.",
+        "content": {
+            "application/json": {"schema": schema_of(whole)},
+            "text/event-stream": {"schema": {"type": "string"}, "x-event-schema": schema_of(chunk)},
+        },
+    }
     refused = (400, 401, 402, 403, 404, 408, 413, 429, 500, 503)
-    body = {"required": True, "content": {"application/json": {"schema": request_schema(kind)}}}
+    body = {"required": True, "content": {"application/json": {"schema": schema_of(kind)}}}
     return {
         "tags": ["inference"],
         "response_class": Response,
-        "responses": {200: _ANSWER, **dict.fromkeys(refused, _REFUSAL)},
+        "responses": {200: answer, **dict.fromkeys(refused, _REFUSAL)},
         "openapi_extra": {"requestBody": body, "security": [{"key": []}]},
     }
 
 
-@router.post("/v1/chat/completions", **_documented(ChatRequest))
+@router.post("/v1/chat/completions", **_documented(ChatRequest, ChatCompletionOut, ChatChunkOut))
 async def chat_completions(request: Request) -> Response:
     """Chat with a model; pays per token from the caller's balance."""
     return _Served(request)
 
 
-@router.post("/v1/completions", **_documented(CompletionRequest))
+@router.post("/v1/completions", **_documented(CompletionRequest, TextCompletionOut, TextCompletionOut))
 async def completions(request: Request) -> Response:
     """Continue a text, without a chat template; pays per token from the caller's balance."""
     return _Served(request)

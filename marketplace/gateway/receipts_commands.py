@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -12,10 +13,11 @@ from rich.console import Console
 
 from marketplace.ledger.money import Nano, cost, dollars, split
 from node_agent import protocol
-from node_agent.protocol import ProtocolError, Statement
+from node_agent.protocol import NOT_DECODED, ProtocolError, Statement
 
 receipts_app = typer.Typer(help="Receipts: signed statements of served requests.", no_args_is_help=True)
 DOCUMENT_BYTES_MAX: Final = 256 * 1024
+SAYS_ANOTHER: Final = "`says` is not what the signed statement says: the receipt was changed, ask for it anew"
 _out: Final = Console()
 _err: Final = Console(stderr=True, soft_wrap=True)
 
@@ -45,6 +47,8 @@ def check(receipt: dict[str, Any], *, public_key: str = "") -> Statement:
             signature = bytes.fromhex(node["signature"])
             protocol.verify_countersignature(node["public_key"], count, root, node["disputed"], signature)
         said = protocol.decode_statement(statement)
+        if "says" in receipt and receipt["says"] != json.loads(statement):
+            raise ReceiptInvalid(SAYS_ANOTHER)
     except ProtocolError as e:
         raise ReceiptInvalid(f"forged or damaged: {e}") from e
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
@@ -73,7 +77,7 @@ def verify(
     request: Annotated[Path | None, typer.Option(help="The body you sent: is it this receipt's?")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Check a receipt's signatures, its place in the signed page, and its arithmetic."""
+    """Check a receipt's signatures, its place in the signed page, what it says, and its arithmetic."""
     try:
         data = receipt.read_bytes()[: DOCUMENT_BYTES_MAX + 1]
         document = msgspec.json.decode(data, type=dict[str, Any])
@@ -82,7 +86,7 @@ def verify(
             _refuse(f"{request} is not the request of this receipt")
     except ReceiptInvalid as e:
         _refuse(str(e))
-    except msgspec.MsgspecError as e:
+    except NOT_DECODED as e:
         _refuse(f"{receipt} is not JSON: {e}")
     except OSError as e:
         _refuse(f"{e.filename}: {e.strerror}")

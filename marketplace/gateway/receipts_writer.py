@@ -4,7 +4,8 @@ Rows go in one statement on a session of their own, while the poster commits the
 wait than went the last time, a millisecond is left to the others.  The statement does not wait for the disk
 (`synchronous_commit = off`), since the commit of the charges, which the buyer waits for, writes the log up to
 there or a fraction of a second more.
-A row that cannot be written for `PATIENCE_S` is given up: its receipt then has no hashes, and says so.
+A row that cannot be written for `PATIENCE_S` is given up: its receipt then has no hashes, and says so.  One
+that the database refuses is given up at once, and alone: what a node said must not hold up others' answers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
 from uuid import UUID
 
+import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from marketplace.metering.counting import CountedOn
@@ -29,6 +31,8 @@ PATIENCE_S: Final = 5.0
 RETRY_S: Final = 0.2
 ROWS_MAX: Final = 1_024
 QUEUE_MAX: Final = 16_384
+REFUSED: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
+"""What the database says of a row that it will never take: SQLSTATE classes 22 and 23."""
 
 _HASHES: Final = """
     INSERT INTO receipts (id, request_sha256, response_sha256, counted_on)
@@ -155,38 +159,45 @@ class ReceiptWriter:
         part = [self._hashes.popleft() for _ in range(min(len(self._hashes), ROWS_MAX))]
         if not part:
             return
-        rows = [hashes for hashes, _ in part]
-        columns = (
-            [row.id for row in rows],
-            [row.request_sha256 for row in rows],
-            [row.response_sha256 for row in rows],
-            [int(row.counted_on) for row in rows],
-        )
-        is_written = False
+        rows = [(row.id, row.request_sha256, row.response_sha256, int(row.counted_on)) for row, _ in part]
+        outcomes = [False] * len(part)
         try:
-            is_written = await self._insert(_HASHES, *columns)
+            outcomes = await self._insert(_HASHES, rows)
         finally:
-            for _, written in part:
+            for (_, written), is_written in zip(part, outcomes, strict=True):
                 if not written.done():
                     written.set_result(is_written)
 
     async def _write_some(self, statement: str, waiting: deque[_Row]) -> None:
         rows = [waiting.popleft() for _ in range(min(len(waiting), ROWS_MAX))]
         if rows:
-            await self._insert(statement, *map(list, zip(*rows, strict=True)))
+            await self._insert(statement, rows)
 
-    async def _insert(self, statement: str, *columns: Sequence[object]) -> bool:
-        """Write rows; False when patience ran out."""
+    async def _insert(
+        self, statement: str, rows: Sequence[tuple[object, ...]], give_up_at: float | None = None
+    ) -> list[bool]:
+        """Write rows; tell of each whether it was: not when patience ran out or the database refuses it."""
         loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + self._patience_s
+        if give_up_at is None:
+            give_up_at = loop.time() + self._patience_s
+        columns = [list(column) for column in zip(*rows, strict=True)]
         while True:
             try:
                 async with asyncio.timeout_at(give_up_at):
                     await self._session.fetch(statement, *columns)
+            except REFUSED as e:
+                if len(rows) == 1:
+                    _log.warning("a row beside charge %s is refused: %s", rows[0][0], type(e).__name__)
+                    return [False]
+                half = len(rows) // 2  # the few that are meant are found in a few statements
+                return [
+                    *await self._insert(statement, rows[:half], give_up_at),
+                    *await self._insert(statement, rows[half:], give_up_at),
+                ]
             except FAULTS as e:
                 if loop.time() + RETRY_S >= give_up_at:
-                    _log.warning("%d rows beside charges are given up: %s", len(columns[0]), type(e).__name__)
-                    return False
+                    _log.warning("%d rows beside charges are given up: %s", len(rows), type(e).__name__)
+                    return [False] * len(rows)
                 await asyncio.sleep(RETRY_S)
             else:
-                return True
+                return [True] * len(rows)

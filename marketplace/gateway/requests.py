@@ -7,6 +7,7 @@ refused, since two readers may disagree on which counts.  Errors name the field,
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from functools import cache
 from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeVar
@@ -213,6 +214,7 @@ TEMPLATE_NAMES: Final = frozenset(
 _chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
 _members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encoder: Final = msgspec.json.Encoder()
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _CONTAINERS: Final = (dict, list)
 """A tuple, since `dict | list` would be built anew, and looked through more slowly, for each value."""
 Asked = TypeVar("Asked", bound=InferenceRequest)
@@ -252,6 +254,8 @@ def decode(decoder: Decoder[Asked], body: bytes) -> Asked:
         raise Refusal(400, "invalid_value", f"{param or 'body'}: {message}", param=param) from e
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
         raise Refusal(400, "invalid_json", f"the body is not the JSON we take: {e}") from e
+    if _CONTROL.search(request.model):  # it goes on record, also where it is refused, and no row takes a NUL
+        raise invalid("model", "has a control character")
     _check_provider(request.provider)
     if request.min_tokens is not None and request.min_tokens > (request.wanted_tokens or request.min_tokens):
         raise invalid("min_tokens", "is above max_tokens")

@@ -7,7 +7,8 @@ from uuid import UUID
 import msgspec
 
 from marketplace.gateway.admission import Reserved
-from marketplace.gateway.answer import Answer, UsageOut
+from marketplace.gateway.answer import Answer
+from marketplace.gateway.answer_shapes import UsageOut
 from marketplace.gateway.ports import KeyFacts
 from marketplace.gateway.requests import InferenceRequest
 from marketplace.ledger.lease_book import Hold
@@ -63,6 +64,8 @@ class Session(msgspec.Struct, eq=False):
     """The stream's last frames, which wait for the charge's commit."""
     is_charged: bool = False
     """A charge was begun."""
+    is_overtaken: bool = False
+    """It is charged already: another gateway served it under the same id."""
     is_recorded: bool = False
     """Its usage row is posted, or on its way."""
     status: int = 0

@@ -4,16 +4,18 @@ Feature packages offer an `APIRouter` each; `marketplace.app` composes them and 
 `app.state`.  A route opens its own transaction (`database.transaction`), so the commit comes before the
 response's first byte.
 
-Refusals have OpenAI's shape on every path: `{"error": {"message", "type", "param", "code"}}`.
+Refusals have OpenAI's shape on every path: `{"error": {"message", "type", "param", "code"}}`.  What holds for
+all routes, also those still to be written, is in `install_error_handlers`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Final, Protocol
 from uuid import UUID
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -22,6 +24,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from marketplace.platform import database
 from marketplace.platform.clock import Clock
@@ -172,8 +175,88 @@ InferenceIdentity = Annotated[Identity, Depends(_require("inference"))]
 AdminIdentity = Annotated[Identity, Depends(_require("admin"))]
 
 
+_ESCAPED_NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def _nul_refusal() -> Refusal:
+    return Refusal(400, "invalid_request", "the NUL character (U+0000) is not taken in any text")
+
+
+class _NulInBody(StarletteHTTPException):
+    """Found while a route read its body; FastAPI hands on no other exception from there."""
+
+    def __init__(self) -> None:
+        super().__init__(400)
+
+
+def _body_has_nul(body: bytes | bytearray) -> bool:
+    """Whether a JSON body would give a NUL, escaped or, being UTF-16 or 32, by the bytes of any character."""
+    return b"\0" in body or (b"\\u0000" in body and _ESCAPED_NUL.search(body) is not None)
+
+
+class _NulMiddleware:
+    """Refuses NUL in path, query and body, since PostgreSQL stores no text that has one.
+
+    A prompt may hold it: the bodies of /v1 are the inference routes' own.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        query = scope.get("query_string", b"")
+        if "\0" in scope["path"] or b"%00" in query or b"\0" in query:
+            refusal = _nul_refusal()
+            await JSONResponse(refusal.body(), refusal.status)(scope, receive, send)
+            return
+        seen = bytearray()
+
+        async def checked() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                seen.extend(message.get("body", b""))
+                if not message.get("more_body", False) and _body_has_nul(seen):
+                    raise _NulInBody
+            return message
+
+        await self._app(scope, receive if scope["path"].startswith("/v1/") else checked, send)
+
+
+_UNUSED: Final = ("HTTPValidationError", "ValidationError")
+
+
+def _describe_invalid_input(app: FastAPI) -> None:
+    """Let the served OpenAPI say 400 and our error object where FastAPI would say its own 422."""
+    generate = app.openapi
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/RefusalOut"}}}
+
+    def described() -> dict[str, Any]:
+        schema = generate()  # the same object at every call
+        components = schema.get("components", {}).get("schemas", {})
+        if "HTTPValidationError" not in components:
+            return schema
+        for path in schema["paths"].values():
+            for operation in path.values():
+                answers = operation["responses"]
+                if "HTTPValidationError" in str(answers.get("422")):
+                    del answers["422"]
+                    answers.setdefault("400", {"description": "Malformed", "content": content})
+        for name in _UNUSED:
+            components.pop(name, None)
+        ours = RefusalOut.model_json_schema(ref_template="#/components/schemas/{model}")
+        components.update(ours.pop("$defs"), RefusalOut=ours)
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every refusal, validation error and unknown path in OpenAI's error shape."""
+    """Answer every refusal, invalid input, unknown path and error of ours in OpenAI's error shape."""
+    app.add_middleware(_NulMiddleware)
+    _describe_invalid_input(app)
 
     def answer(refusal: Refusal) -> JSONResponse:
         headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
@@ -188,13 +271,28 @@ def install_error_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         del request
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            why, at = first["ctx"]["error"], first["loc"][-1]
+            return answer(Refusal(400, "invalid_json", f"the body is not JSON: {why} at character {at}"))
         where = ".".join(str(part) for part in first["loc"][1:]) or None
         return answer(Refusal(400, "invalid_request", f"{where or 'body'}: {first['msg']}", param=where))
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
         del request
-        codes = {404: "not_found", 405: "method_not_allowed"}
+        # A 400 is FastAPI's alone: a body whose bytes are no text, or nested too deep to parse.
+        codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
         return answer(
             Refusal(error.status_code, codes.get(error.status_code, "http_error"), str(error.detail))
         )
+
+    @app.exception_handler(_NulInBody)
+    async def has_nul(request: Request, error: _NulInBody) -> JSONResponse:
+        del request, error
+        return answer(_nul_refusal())
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        # Starlette raises the error again once this is sent, and the server logs it.
+        del request, error
+        return answer(Refusal(500, "internal_error", "an error of ours; it is logged"))

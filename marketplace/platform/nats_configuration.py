@@ -19,6 +19,7 @@ import nkeys
 
 PAYLOAD_BYTES_MAX: Final = 2 * 1024 * 1024
 """Above the largest request (1 MiB body) and frame (256 KiB) with room for their envelopes."""
+NO_ACCOUNT_SEED: Final = "TOLLWAY_NATS_ISSUER_SEED is no account seed: `nk -gen account` makes one"
 _UNQUOTABLE: Final = frozenset('"\\\r\n')
 
 
@@ -33,8 +34,14 @@ class NatsCredentials:
 
     @property
     def issuer(self) -> str:
-        """The account's public key, which the server is told to trust."""
-        return str(nkeys.from_seed(self.issuer_seed.encode()).public_key.decode())
+        """The account's public key, which the server is told to trust; ValueError for another seed."""
+        try:
+            key = str(nkeys.from_seed(self.issuer_seed.encode()).public_key.decode())
+        except nkeys.NkeysError as e:
+            raise ValueError(NO_ACCOUNT_SEED) from e
+        if not key.startswith("A"):
+            raise ValueError(NO_ACCOUNT_SEED)
+        return key
 
 
 @dataclass(frozen=True, slots=True)

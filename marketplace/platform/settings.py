@@ -227,7 +227,10 @@ def load_chains(path: Path) -> ChainsConfig:
     except FileNotFoundError as e:
         raise SetupFault(f"{path} is missing: it names RPC endpoints and deployed addresses") from e
     except ValidationError as e:
-        raise SetupFault(f"{path}: {e}") from e
+        first = e.errors()[0]  # of a file of another kind there is one for every field
+        place = ".".join(map(str, first["loc"]))
+        reason = f"{place}: {first['msg']}" if place else first["msg"]
+        raise SetupFault(f"{path} is not a chains file: {reason}") from e
 
 
 def settings_environment(settings: dict[str, str]) -> dict[str, str]:

@@ -36,7 +36,8 @@ from chain.networks import Chain
 from chain.units import parse_usdc
 from marketplace.accounts.errors import PersonUnknown
 from marketplace.accounts.people import create_key, create_person, find_person
-from marketplace.catalog.models import Tier, add_model, read_model_folder
+from marketplace.catalog.aliases import list_aliases, set_alias
+from marketplace.catalog.models import CatalogError, Tier, add_model, read_model_folder
 from marketplace.platform import database
 from marketplace.platform.embedded_nats import EmbeddedNats, NatsCredentials, load_or_make_credentials
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
@@ -81,9 +82,13 @@ class DemoModel:
     price_in: str
     """Dollars per million prompt tokens."""
     price_out: str
+    alias: str = ""
+    """What else buyers may call it; empty where its name is short already."""
 
 
-SMOLLM2: Final = DemoModel("smollm2-135m-instruct", "SmolLM2-135M-Instruct", Tier.SMALL, 2048, "0.08", "0.12")
+SMOLLM2: Final = DemoModel(
+    "smollm2-135m-instruct", "SmolLM2-135M-Instruct", Tier.SMALL, 2048, "0.08", "0.12", alias="smollm2"
+)
 TINY: Final = DemoModel("tiny", "tiny", Tier.SMALL, 2048, "0.08", "0.12")
 MODELS: Final = {"smollm2": SMOLLM2, "tiny": TINY}
 
@@ -295,6 +300,10 @@ class Stack:
                 context=self.model.context,
                 files=files,
             )
+            alias = self.model.alias
+            if alias and alias not in await list_aliases(connection):  # what somebody set since, stays
+                with contextlib.suppress(CatalogError):  # somebody gave a model this name
+                    await set_alias(connection, alias, [self.model.name])
 
     async def _start_processes(self) -> None:
         assert self._nats_credentials is not None

@@ -158,6 +158,7 @@ async def test_a62_endless_slow_and_oversized_answers_end(gateway: RunningGatewa
     )
     beats = [Heartbeat(seq) for seq in range(1, 30)]
     floods = [Delta(seq, [said("x")]) for seq in range(1, protocol.CREDIT_DEFAULT * 3)]
+    died = Failed(0, FailureCode.INTERNAL, "ab", is_retriable=True)
     node = await gateway.add_node(sending())
     unbegun = {
         "never accepts": sending(),
@@ -165,6 +166,8 @@ async def test_a62_endless_slow_and_oversized_answers_end(gateway: RunningGatewa
         "too large a frame": sending(Accepted(0), Delta(1, [ChoiceDelta(content="x" * 300_000)])),
         "no frame": _publishing(b"\xc1" * 10),
         "a bomb": _publishing(b"\xdd\xff\xff\xff\xff" * 8),
+        "not UTF-8": _publishing(protocol.encode(died).replace(b"ab", b"\xff\xfe")),
+        "a crowd of nothing": sending(Accepted(0), Delta(1, [ChoiceDelta()] * 10_000)),
     }
     for name, behaviour in unbegun.items():
         node.answer = behaviour

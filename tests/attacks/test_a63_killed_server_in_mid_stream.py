@@ -13,30 +13,22 @@ import httpx
 import pytest
 from gateway_parts import DOLLAR, HELLO, MODEL, STREAM, RunningGateway, StubNode, running_gateway
 
-from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
-from marketplace.platform.processes import free_port
+from marketplace.platform.embedded_nats import EmbeddedNats
 from node_agent import protocol
 from node_agent.protocol import Accepted, ChoiceDelta, Delta, End
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[EmbeddedNats]:
-    """A server of the test's own, to be killed."""
-    server = EmbeddedNats(tmp_path / "nats", free_port(), load_or_make_credentials(tmp_path / "secrets"))
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-async def gateway(database_url: str, server: EmbeddedNats, tmp_path: Path) -> AsyncIterator[RunningGateway]:
-    async with running_gateway(database_url, server, tmp_path) as running:
+async def gateway(
+    database_url: str, own_nats_server: EmbeddedNats, tmp_path: Path
+) -> AsyncIterator[RunningGateway]:
+    async with running_gateway(database_url, own_nats_server, tmp_path) as running:
         await running.fund(10 * DOLLAR)
         yield running
 
 
 async def test_a63_a_killed_nats_server_ends_streams_honestly_and_is_forgotten(
-    gateway: RunningGateway, server: EmbeddedNats
+    gateway: RunningGateway, own_nats_server: EmbeddedNats
 ) -> None:
     """The buyer is told and pays for what came; once the server is back, nobody need do anything."""
     may_end = asyncio.Event()
@@ -55,8 +47,8 @@ async def test_a63_a_killed_nats_server_ends_streams_honestly_and_is_forgotten(
     ):
         lines = stream.aiter_lines()
         assert "Hello" in await anext(lines)
-        assert server.pid is not None
-        os.kill(server.pid, signal.SIGKILL)
+        assert own_nats_server.pid is not None
+        os.kill(own_nats_server.pid, signal.SIGKILL)
         rest = "\n".join([line async for line in lines])
     assert '"error"' in rest
     assert "[DONE]" not in rest
@@ -68,8 +60,8 @@ async def test_a63_a_killed_nats_server_ends_streams_honestly_and_is_forgotten(
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) > 0
 
-    server.stop()
-    server.start()
+    own_nats_server.stop()
+    own_nats_server.start()
     may_end.set()
     async with asyncio.timeout(20):
         seq = 1_000

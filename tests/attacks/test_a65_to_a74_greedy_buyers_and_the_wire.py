@@ -239,7 +239,7 @@ async def test_a71_nothing_of_the_buyers_headers_goes_further(gateway: RunningGa
         assert secret not in body
     assert set(json.loads(body)) == {"messages", "max_tokens", "cache_salt"}
     answer = await gateway.chat({**HELLO, "model": "x\r\nSet-Cookie: a=b"}, **{"X-Request-Id": "mine"})
-    assert answer.status_code == 404
+    assert answer.status_code == 400
     assert "set-cookie" not in answer.headers
     assert answer.headers["x-tollway-request-id"] != "mine"
 
@@ -329,6 +329,9 @@ async def test_a74_buyers_share_neither_answers_nor_caches(gateway: RunningGatew
         async with httpx.AsyncClient(base_url=gateway.url, timeout=30) as http:
             headers = {"Authorization": f"Bearer {key}"}
             answer = await http.post("/v1/chat/completions", json=body, headers=headers)
+            while "credentials_unavailable" in answer.text:  # a machine that stood still for 4 s (K2)
+                await asyncio.sleep(0.5)
+                answer = await http.post("/v1/chat/completions", json=body, headers=headers)
         assert answer.status_code == 200, answer.text
         if at % 2:
             assert answer.json()["choices"][0]["message"]["content"] == said_by_me

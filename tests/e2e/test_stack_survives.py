@@ -21,6 +21,7 @@ from chain.networks import Chain
 from chain.units import Micro
 from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
+from marketplace.platform.huge_pages import collapse
 from marketplace.platform.processes import free_port
 from marketplace.stack.development_chains import usdc_of
 
@@ -52,6 +53,12 @@ def child_of(up: Up, name: str) -> int:
     return next((pid for pid, line in found.items() if line.endswith(f"-m marketplace {name}")), 0)
 
 
+def huge_page_kib(pid: int) -> int:
+    """How much of a process's memory lies in huge pages."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:"))
+
+
 async def test_a_killed_stack_loses_nothing(folder: Path) -> None:
     first = Up(folder)
     with contextlib.closing(first), contextlib.ExitStack() as stack:
@@ -79,6 +86,8 @@ async def test_a_killed_stack_loses_nothing(folder: Path) -> None:
         assert "Traceback" not in second.stdout
 
         gateway = child_of(first, "serve")
+        if collapse():  # this kernel does it
+            assert huge_page_kib(gateway) > 0
         os.kill(gateway, signal.SIGKILL)
         eventually(lambda: child_of(first, "serve") not in (0, gateway))
         eventually(lambda: _is_ready(facts["api"]))

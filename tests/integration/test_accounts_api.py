@@ -147,6 +147,19 @@ async def test_a_person_registers_signs_in_and_reads_the_account(site: Site) -> 
     assert (me["is_operator"], me["is_admin"], me["wallets"]) == (False, False, [])
 
 
+async def test_nul_is_refused_before_the_database_is_asked(site: Site) -> None:
+    """PostgreSQL takes it in no text: what it says of it would be our 500."""
+    token = await site.register()
+    made = (await site.post("/api/keys", {"name": "k", "scopes": ["inference"]}, as_=token)).json()["id"]
+    models = {"allowed_models": ["a\0"]}
+    for answer in (
+        await site.post("/api/auth/login", {"email": "aaa\0a", "password": "a" * 12}),
+        await site.post("/api/keys", {"name": "k", "scopes": ["inference"], **models}, as_=token),
+        await site.client.patch(f"/api/keys/{made}", json=models, headers=_bearer(token)),
+    ):
+        assert (answer.status_code, code_of(answer)) == (400, "invalid_request")
+
+
 async def test_an_email_address_has_one_account(site: Site) -> None:
     await site.register()
     again = await site.post("/api/auth/register", {"email": "ADA@example.org", "password": PASSWORD})

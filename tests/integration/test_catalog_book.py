@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from marketplace.app import _counter_of
+from marketplace.catalog.aliases import list_aliases, set_alias
 from marketplace.catalog.models import (
     CatalogError,
     Tier,
@@ -28,6 +29,9 @@ from marketplace.catalog.shelf import Shelf
 from marketplace.catalog.tables import price_versions, tokenizers
 from marketplace.metering.counting import TokenCounter
 from marketplace.platform.database import connect, transaction
+from marketplace.stack import stack as stack_module
+from marketplace.stack.folder import StackFolder
+from marketplace.stack.stack import MODELS, Ports, Stack
 
 
 async def test_a_price_has_one_version_however_many_ask(engine: AsyncEngine) -> None:
@@ -129,3 +133,28 @@ def test_a_model_folder_is_read_or_refused(tmp_path: Path) -> None:
     files, context = read_model_folder(tmp_path)
     assert (files.chat_template, context) == ("newer", 77)
     assert files.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+async def test_the_stack_offers_its_model_under_the_short_name_of_the_documents(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = connect(database_url, role=None)
+    monkeypatch.setattr(stack_module, "ENGINE", tmp_path)
+    for short, model in MODELS.items():
+        folder = tmp_path / "models" / model.folder
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.json").write_bytes(letters_tokenizer().to_str().encode())
+        (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 77}))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+        stack = Stack(StackFolder(tmp_path), Ports.any(), model, lambda _: None)
+        await stack._offer_model(owner)
+        shelf: Shelf[TokenCounter] = Shelf(owner, _counter_of)
+        await shelf.refresh()
+        assert [found.name for found in shelf.resolve(short)] == [model.name]
+    async with transaction(owner) as connection:
+        await set_alias(connection, "smollm2", ["tiny"])
+    stack = Stack(StackFolder(tmp_path), Ports.any(), MODELS["smollm2"], lambda _: None)
+    await stack._offer_model(owner)
+    async with owner.connect() as connection:
+        assert await list_aliases(connection) == {"smollm2": ("tiny",)}  # its owner's word stays
+    await owner.dispose()

@@ -245,6 +245,8 @@ async def test_credentials_are_refused_in_words(gateway: RunningGateway) -> None
         query = await http.post("/v1/chat/completions?api_key=sk-x", json=HELLO, headers=gateway.headers)
     assert (none.status_code, none.json()["error"]["code"]) == (401, "missing_credentials")
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
+    session = await gateway.chat(HELLO, Authorization="Bearer st-" + "a" * 43)
+    assert "make a key" in session.json()["error"]["message"]
     assert (query.status_code, query.json()["error"]["code"]) == (400, "query_refused")
 
 
@@ -334,7 +336,7 @@ async def test_a_busy_gateway_asks_for_streams_frames_further_apart(
     await gateway.chat(STREAM)
     await gateway.chat(HELLO)
     assert [(request.stream, request.frame_gap_ms) for request in node.requests] == [
-        (True, 0), (True, 25), (False, 0),
+        (True, 0), (True, 48), (False, 0),
     ]  # fmt: skip
 
 
@@ -409,6 +411,43 @@ async def test_a_charge_in_doubt_is_told_and_found_later(gateway: RunningGateway
             await asyncio.sleep(0.05)
     assert [row["cost_nano"] for row in rows] == [_priced(5)] * 3
     await gateway.assert_proved()
+
+
+async def test_a_whole_answer_the_ledger_does_not_take_is_neither_given_nor_billed(
+    gateway: RunningGateway,
+) -> None:
+    await gateway.add_node(saying(["Hel", "lo"]))
+    poster = gateway.process.poster
+    patience_s, poster._patience_s, poster._queue_max = poster._patience_s, 0.1, 0
+    answer = await gateway.chat(HELLO, **{"Idempotency-Key": "order-1"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
+    await gateway.assert_proved()  # nothing is held for it
+    poster._patience_s, poster._queue_max = patience_s, 100
+    assert (await gateway.chat(HELLO, **{"Idempotency-Key": "order-1"})).status_code == 200
+    await asyncio.sleep(1.2)  # the first pause of a charge that is posted later
+    assert [row["cost_nano"] for row in await gateway.usage()] == [_priced(5)]
+    await gateway.assert_proved()
+
+
+async def test_who_is_charged_while_the_gateway_stops_is_not_told_to_try_again(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await gateway.add_node(saying(["Hello"]))
+    posting, may_post = asyncio.Event(), asyncio.Event()
+    post = gateway.process.poster.post
+
+    async def slow(*args: Any) -> None:
+        posting.set()
+        await may_post.wait()
+        await post(*args)
+
+    monkeypatch.setattr(gateway.process.poster, "post", slow)
+    asking = asyncio.create_task(gateway.chat(HELLO))
+    await posting.wait()
+    gateway.server.should_exit = True  # with two seconds left
+    answer = await asking
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "charge_unconfirmed")
+    may_post.set()
 
 
 async def test_what_the_poster_does_not_take_is_posted_later(gateway: RunningGateway) -> None:
@@ -495,8 +534,11 @@ async def test_models_and_openapi_tell_the_truth(gateway: RunningGateway) -> Non
         described = (await http.get("/openapi.json")).json()
         ready = await http.get("/readyz")
         wrong_method = await http.get("/v1/chat/completions")
-        await gateway.chat(HELLO)
+        answer = (await gateway.chat(HELLO)).json()
+        lines = (await gateway.chat(STREAM)).text.split("\n\n")
         metrics = (await http.get("/metrics")).text
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert events
     assert [model["id"] for model in listed["data"]] == [MODEL]
     assert one["price_out"] == "2.00"
     assert one["offers"][0]["is_healthy"]
@@ -506,6 +548,13 @@ async def test_models_and_openapi_tell_the_truth(gateway: RunningGateway) -> Non
     properties = chat["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {"model", "messages", "stream", "max_tokens", "tools", "provider"} <= set(properties)
     assert "$ref" not in json.dumps(chat["requestBody"])
+    told = chat["responses"]["200"]["content"]
+    whole, event = told["application/json"]["schema"], told["text/event-stream"]["x-event-schema"]
+    assert set(answer) == set(whole["required"]) == set(whole["properties"])
+    assert {"cost", "cost_nano", "receipt_id"} <= set(whole["properties"]["usage"]["required"])
+    assert answer["object"] in whole["properties"]["object"]["enum"]
+    assert "$ref" not in json.dumps(told)
+    assert all(set(event["required"]) <= set(one) <= set(event["properties"]) for one in events)
     assert ready.status_code == 200, ready.text
     assert 'tollway_requests_total{status="200"}' in metrics
 

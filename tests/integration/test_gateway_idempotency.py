@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,8 +16,10 @@ from gateway_parts import (
     DOLLAR,
     HELLO,
     STREAM,
+    Reply,
     RunningGateway,
     StubNode,
+    another_gateway,
     running_gateway,
     said,
     saying,
@@ -48,6 +51,17 @@ async def _charged(gateway: RunningGateway) -> list[int]:
 def _code(answer: httpx.Response) -> str:
     code: str = answer.json()["error"]["code"]
     return code
+
+
+def _answering_after(*may_end: asyncio.Event) -> Reply:
+    """The first request is answered after the first event, and so on."""
+    nth = itertools.count()
+
+    async def answer(node: StubNode, request: protocol.Request, reply: str) -> None:
+        await may_end[next(nth)].wait()
+        await saying(["Hello"])(node, request, reply)
+
+    return answer
 
 
 @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["whole", "stream"])
@@ -86,12 +100,7 @@ async def test_a_request_sent_while_the_first_runs_waits_for_its_answer(gateway:
 async def test_who_waits_too_long_is_told_to_come_again(gateway: RunningGateway) -> None:
     gateway.process.idempotency._wait_s = 0.3
     may_end = asyncio.Event()
-
-    async def waits(node: StubNode, request: protocol.Request, reply: str) -> None:
-        await may_end.wait()
-        await saying(["Hello"])(node, request, reply)
-
-    node = await gateway.add_node(waits)
+    node = await gateway.add_node(_answering_after(may_end))
     first = asyncio.create_task(gateway.chat(HELLO, **KEY))
     await eventually(lambda: bool(node.requests))
     second = await gateway.chat(HELLO, **KEY)
@@ -137,6 +146,7 @@ async def test_a_charge_whose_answer_could_not_be_kept_is_not_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(idempotency.Idempotency, "_end", nothing)
         await gateway.chat(HELLO, **KEY)
+    gateway.process.idempotency._running.clear()
     await _let_claims_lapse(gateway)
     again = await gateway.chat(HELLO, **KEY)
     assert (again.status_code, _code(again)) == (409, "idempotency_response_lost")
@@ -145,25 +155,58 @@ async def test_a_charge_whose_answer_could_not_be_kept_is_not_repeated(
 
 
 async def _let_claims_lapse(gateway: RunningGateway) -> None:
-    gateway.process.idempotency._running.clear()
     async with gateway.owner.begin() as connection:
         await connection.execute(text("UPDATE idempotency SET alive_until = now() - interval '1 second'"))
 
 
-async def test_who_takes_over_from_a_dead_gateway_keeps_the_request_id(gateway: RunningGateway) -> None:
+@pytest.mark.parametrize("faster", ["the heir", "the ghost"])
+@pytest.mark.parametrize("body", [HELLO, STREAM], ids=["whole", "stream"])
+async def test_who_takes_over_from_a_dead_gateway_keeps_the_request_id(
+    gateway: RunningGateway, faster: str, body: dict[str, Any]
+) -> None:
     """So that the two together cannot charge twice: the request's id is the charge's key."""
-    await gateway.add_node(saying(["Hello"], pause_s=0.6))
-    ghost = asyncio.create_task(gateway.chat(HELLO, **KEY))
-    await asyncio.sleep(0.3)
+    events = asyncio.Event(), asyncio.Event()
+    node = await gateway.add_node(_answering_after(*events))
+    ghosts = asyncio.create_task(gateway.chat(body, **KEY))  # paused and not dead, which nobody can tell
+    await eventually(lambda: bool(node.requests))
+    async with another_gateway(gateway) as heir:
+        await _let_claims_lapse(gateway)
+        heirs = asyncio.create_task(heir.chat(body, **KEY))
+        await eventually(lambda: len(node.requests) == 2)
+        assert len({request.id for request in node.requests}) == 1
+        (first, may_first), (last, may_last) = zip((ghosts, heirs), events, strict=True)
+        if faster == "the heir":
+            (first, may_first), (last, may_last) = (last, may_last), (first, may_first)
+        may_first.set()
+        answer = await first
+        may_last.set()
+        assert "idempotency_overtaken" in (await last).text
+        assert (answer.status_code, "Hello" in answer.text) == (200, True)
+        assert len(await _charged(gateway)) == 1
+        again = await heir.chat(body, **KEY)
+        if faster == "the heir":
+            assert (again.content, again.headers["idempotent-replayed"]) == (answer.content, "true")
+        else:  # whose answer was not kept: the key was no longer its own
+            assert (again.status_code, _code(again)) == (409, "idempotency_response_lost")
+        assert len(node.requests) == 2
+        await heir.assert_proved()
+    await gateway.assert_proved()
+
+
+async def test_a_gateway_does_not_take_over_from_itself(gateway: RunningGateway) -> None:
+    """The database was away for long: no claim was kept alive, but the first request still runs here."""
+    may_end = asyncio.Event()
+    node = await gateway.add_node(_answering_after(may_end))
+    first = asyncio.create_task(gateway.chat(HELLO, **KEY))
+    await eventually(lambda: bool(node.requests))
     await _let_claims_lapse(gateway)
-    # The first is still at work: as seen from here, a gateway that was paused and lives again.
-    gateway.process.idempotency._owner = idempotency.uuid7()
-    await gateway.add_node(saying(["Hello"], pause_s=0.6))
-    async with gateway.owner.begin() as connection:
-        (first_id,) = (await connection.execute(text("SELECT request_id FROM idempotency"))).one()
     second = asyncio.create_task(gateway.chat(HELLO, **KEY))
-    await asyncio.gather(ghost, second)
-    assert {request.id for node in gateway.nodes for request in node.requests} == {first_id.hex}
+    await eventually(lambda: gateway.process.idempotency._waiting == 1 or second.done())
+    may_end.set()
+    answers = await asyncio.gather(first, second)
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].content == answers[1].content
+    assert len(node.requests) == 1
     assert len(await _charged(gateway)) == 1
     await gateway.assert_proved()
 

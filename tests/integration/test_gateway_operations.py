@@ -12,24 +12,16 @@ from gateway_parts import DOLLAR, HELLO, STREAM, RunningGateway, running_gateway
 from letters import prompt_tokens
 from prometheus_client.parser import text_string_to_metric_families
 
-from marketplace.platform.embedded_nats import EmbeddedNats, load_or_make_credentials
-from marketplace.platform.processes import free_port
+from marketplace.platform.embedded_nats import EmbeddedNats
 
 STAGES = ("admission", "charge")
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[EmbeddedNats]:
-    """A server of the test's own, to be stopped."""
-    server = EmbeddedNats(tmp_path / "nats", free_port(), load_or_make_credentials(tmp_path / "secrets"))
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-async def gateway(database_url: str, server: EmbeddedNats, tmp_path: Path) -> AsyncIterator[RunningGateway]:
-    async with running_gateway(database_url, server, tmp_path) as running:
+async def gateway(
+    database_url: str, own_nats_server: EmbeddedNats, tmp_path: Path
+) -> AsyncIterator[RunningGateway]:
+    async with running_gateway(database_url, own_nats_server, tmp_path) as running:
         await running.fund(10 * DOLLAR)
         yield running
 
@@ -67,7 +59,7 @@ async def test_metrics_count_what_was_served_and_the_time_we_added(gateway: Runn
 
 
 async def test_readiness_names_what_is_missing_and_comes_back(
-    gateway: RunningGateway, server: EmbeddedNats
+    gateway: RunningGateway, own_nats_server: EmbeddedNats
 ) -> None:
     async with httpx.AsyncClient(base_url=gateway.url, timeout=10) as http:
 
@@ -78,8 +70,8 @@ async def test_readiness_names_what_is_missing_and_comes_back(
             return answer
 
         assert (await until(200)).json() == {"ready": True, "reasons": []}
-        server.stop()
+        own_nats_server.stop()
         assert (await until(503)).json() == {"ready": False, "reasons": ["no connection to NATS"]}
         assert (await http.get("/healthz")).status_code == 200  # alive: restarting it would help nobody
-        server.start()
+        own_nats_server.start()
         await until(200)

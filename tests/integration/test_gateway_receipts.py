@@ -9,8 +9,8 @@ import secrets
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
-from uuid import UUID
+from typing import Any, cast
+from uuid import UUID, uuid4
 
 import httpx
 import nkeys
@@ -36,7 +36,9 @@ from marketplace.gateway import receipts_routes
 from marketplace.gateway.receipts import HASHES_KEPT_DAYS, ReceiptSigner, signer_of, statement_of
 from marketplace.gateway.receipts_commands import check
 from marketplace.gateway.receipts_sealer import Sealer, forget_old_hashes
+from marketplace.gateway.receipts_writer import Drift, Hashes
 from marketplace.ledger.money import cost, split
+from marketplace.metering.counting import CountedOn
 from marketplace.platform.embedded_nats import EmbeddedNats
 from node_agent import protocol
 from node_agent.protocol import ChoiceDelta, ResponseDigest
@@ -224,6 +226,33 @@ async def test_a_charge_waits_for_its_hashes_but_not_for_ever(
     assert said_of_it.id == usage["receipt_id"]
     assert (said_of_it.request_sha256, said_of_it.response_sha256) == (None, None)
     assert said_of_it.cost_nano == usage["cost_nano"]
+
+
+async def test_a_row_the_database_refuses_holds_up_no_other(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node's count beyond a column's range: the drifts beside it are kept, and answers do not wait."""
+    ids = [uuid4() for _ in range(9)]
+    for at, drift in enumerate(ids):
+        count = 2**31 if at in (2, 7) else 5
+        gateway.process.receipts.drifted(Drift(drift, ids[0], "letters", 1, None, 1, count))
+    async with asyncio.timeout(2):
+        assert await gateway.process.receipts.note(Hashes(uuid4(), b"q" * 32, b"a" * 32, CountedOn.IDS))
+        assert await gateway.process.receipts.note(Hashes(uuid4(), b"q" * 32, b"a" * 32, CountedOn.IDS))
+    async with gateway.owner.connect() as connection:
+        kept = (await connection.execute(text("SELECT id FROM metering_drift"))).scalars().all()
+    assert set(kept) == {drift for at, drift in enumerate(ids) if at not in (2, 7)}
+    refused = [record.getMessage() for record in caplog.records if "is refused" in record.getMessage()]
+    assert [str(ids[2]) in refused[0], str(ids[7]) in refused[1], len(refused)] == [True, True, 2]
+
+
+async def test_hashes_of_a_refused_row_are_told_to_be_missing_alone(gateway: RunningGateway) -> None:
+    def hashes(counted_on: int) -> Hashes:
+        return Hashes(uuid4(), b"q" * 32, b"a" * 32, cast("CountedOn", counted_on))
+
+    async with asyncio.timeout(2):
+        noted = [gateway.process.receipts.note(hashes(1 << 20 if at == 1 else 1)) for at in range(4)]
+        assert await asyncio.gather(*noted) == [True, False, True, True]
 
 
 async def test_two_sealers_share_the_work(gateway: RunningGateway) -> None:

@@ -238,6 +238,19 @@ async def test_a_quote_is_the_hold_and_costs_nothing(gateway: RunningGateway) ->
     assert await gateway.usage() == []
 
 
+async def test_a_models_name_that_no_row_could_hold_is_refused(gateway: RunningGateway) -> None:
+    name = "a\x00b"
+    for path, body in (
+        ("/v1/chat/completions", HELLO),
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/quote", HELLO),
+        ("/v1/quote", {"prompt": "Hi"}),
+    ):
+        refused = await gateway.post(path, {**body, "model": name})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_value", "model"), path
+
+
 async def test_the_hold_is_at_the_dearest_price_that_may_be_charged(gateway: RunningGateway) -> None:
     """Whichever node answers in the end, the hold covers it; who forbids a second pays for no fallback."""
     cheap = await gateway.add_node(saying(["ok"]), price_in=PRICE_IN // 10, price_out=PRICE_OUT // 10)

@@ -233,6 +233,7 @@ async def test_a_closed_connection_leaves_nothing_for_the_collector(gateway: Run
     """Which comes rarely: buyers who open a connection for each request would have a gateway grow."""
     await gateway.add_node(saying(["ok"], pause_s=0.05))
     gc.collect()
+    before = [o for o in gc.get_objects() if isinstance(o, HotRouteProtocol)]  # what is not this test's
     gc.disable()
     try:
         for body in (HELLO, STREAM):
@@ -247,7 +248,10 @@ async def test_a_closed_connection_leaves_nothing_for_the_collector(gateway: Run
             writer.close()
             await writer.wait_closed()
         del writer
-        await eventually(lambda: not any(isinstance(o, HotRouteProtocol) for o in gc.get_objects()))
+        await eventually(
+            lambda: all(o in before for o in gc.get_objects() if isinstance(o, HotRouteProtocol)),
+            within_s=20,  # a machine with much to do may still be charging what was cut
+        )
     finally:
         gc.enable()
 

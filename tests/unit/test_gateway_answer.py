@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
+import msgspec
 import pytest
 
-from marketplace.gateway.answer import Answer, ChoiceUnknown, UsageOut, error_event
+from marketplace.gateway.answer import Answer, ChoiceUnknown, error_event
+from marketplace.gateway.answer_shapes import ChatChunkOut, ChatCompletionOut, TextCompletionOut, UsageOut
 from marketplace.gateway.completions import CompletionAnswer
 from node_agent.protocol import ChoiceDelta, Delta, End, TokenLogprob, ToolCallDelta, TopLogprob
 
@@ -181,6 +184,18 @@ def test_what_was_written_is_what_is_counted() -> None:
     assert not answer.written()[0].has_all_ids
 
 
+def test_a_call_in_many_pieces_costs_what_its_pieces_cost() -> None:
+    """Not what copying all that came before with each of them would: half a minute for these."""
+    answer, pieces = an_answer(), 100_000
+    began_s = time.process_time()
+    for seq in range(1, 11):
+        calls = [ToolCallDelta(0, name="f", arguments="x" * 20)] * (pieces // 10)
+        answer.take(Delta(seq, [ChoiceDelta(tool_calls=calls)]))
+    assert time.process_time() - began_s < 2
+    (written,) = answer.written()
+    assert list(written.calls) == ["f" * pieces + "x" * 20 * pieces]
+
+
 def test_logprobs_keep_openais_shape() -> None:
     answer = an_answer()
     entry = TokenLogprob("Hi", -0.5, [72, 105], [TopLogprob("Hi", -0.5, [72, 105])])
@@ -208,3 +223,31 @@ def test_a_reason_we_do_not_know_is_stop() -> None:
 
 def test_an_error_is_one_event() -> None:
     assert error_event({"error": {"message": "a\n\nb"}}) == b'data: {"error":{"message":"a\\n\\nb"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("answer_kind", "whole", "event"),
+    [(Answer, ChatCompletionOut, ChatChunkOut), (CompletionAnswer, TextCompletionOut, TextCompletionOut)],
+)
+def test_what_is_written_has_the_shape_that_is_told(
+    answer_kind: type[Answer], whole: type[msgspec.Struct], event: type[msgspec.Struct]
+) -> None:
+    answer = answer_kind(request_id="1", model="m", created_s=1, choices=2)
+    calls = [ToolCallDelta(0, id="c", name="f", arguments="{"), ToolCallDelta(0, arguments="}")]
+    rows = [TokenLogprob("a", -0.5, [97], [TopLogprob("b", -1.5, None)]), TokenLogprob("\ufffd", -0.25)]
+    frames = [
+        Delta(1, [ChoiceDelta(role="assistant", reasoning="hm"), ChoiceDelta(index=1, content="x")]),
+        Delta(2, [ChoiceDelta(content="a\ufffd", logprobs=rows), ChoiceDelta(index=1, tool_calls=calls[:1])]),
+        Delta(3, [ChoiceDelta(index=1, tool_calls=calls[1:], finish_reason="tool_calls")]),
+        Delta(4, [ChoiceDelta(finish_reason="what we do not know")]),
+    ]
+    written = b""
+    for frame in frames:
+        answer.take(frame)
+        written += answer.chunk(frame, USAGE if answer.is_whole else None)
+    events = [line.removeprefix(b"data: ") for line in written.split(b"\n\n") if line]
+    assert len(events) == 6
+    for line in events:
+        assert json.loads(msgspec.json.encode(msgspec.json.decode(line, type=event))) == json.loads(line)
+    body = answer.completion(USAGE)
+    assert json.loads(msgspec.json.encode(msgspec.json.decode(body, type=whole))) == json.loads(body)

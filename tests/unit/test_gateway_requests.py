@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marketplace.gateway.openapi import request_schema
+from marketplace.gateway.completions import parse_completion
+from marketplace.gateway.openapi import schema_of
 from marketplace.gateway.requests import BODY_BYTES_MAX, ChatRequest, engine_body, parse_chat
 from marketplace.platform.http import Refusal
 
@@ -63,6 +64,15 @@ def test_an_error_names_its_field(fields: dict[str, Any], param: str) -> None:
     refused = refusal(**fields)
     assert (refused.status, refused.param) == (400, param)
     assert param in refused.message
+
+
+@pytest.mark.parametrize("name", ["a\x00b", "m\n", "\x1b[2J", "\x7f", "\x9b"])
+def test_a_models_name_has_no_control_character(name: str) -> None:
+    for read, rest in ((parse_chat, PLAIN), (parse_completion, {"prompt": "Hi"})):
+        with pytest.raises(Refusal) as caught:
+            read(json.dumps({**rest, "model": name}).encode())
+        assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_value", "model")
+    assert parse(model="org/Modèl-7B:é").model == "org/Modèl-7B:é"
 
 
 def test_depth_and_size_are_bounded() -> None:
@@ -124,7 +134,7 @@ def test_any_json_is_taken_or_refused(value: Any) -> None:
 
 
 def test_the_schema_says_what_is_taken() -> None:
-    schema = request_schema(ChatRequest)
+    schema = schema_of(ChatRequest)
     count = {"type": "integer", "minimum": 1, "maximum": 16}
     assert set(schema["required"]) == {"model", "messages"}
     assert set(schema["properties"]) == set(ChatRequest.__struct_fields__)
