@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ _PR_SET_PDEATHSIG: Final = 1
 STACK_MARK: Final = "TOLLWAY_STACK"
 """Set by a stack's owner to its data folder; every process below it inherits it and is known by it."""
 UNPRIVILEGED_USER: Final = "nobody"
+EXEC_MS_MAX: Final = 20
+"""How long a process without any environment may be one that is just being started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +113,26 @@ def processes_of(folder: Path) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            environment = (entry / "environ").read_bytes()
+            environment = _environment(entry)
         except OSError:  # ended meanwhile, or somebody else's
             continue
         if mark in environment.split(b"\0") and int(entry.name) != os.getpid():
             found.append(int(entry.name))
     return sorted(found)
+
+
+def _environment(process: Path) -> bytes:
+    """What a process was started with.
+
+    The kernel shows nothing between the moment a child lets its parent go on and the end of its exec (seen
+    in one of four reads right after a start), so nothing is believed only after a while.
+    """
+    for _ in range(EXEC_MS_MAX):
+        if environment := (process / "environ").read_bytes():
+            return environment
+        (process / "exe").readlink()  # raises for what never has one: the kernel's threads, the ended
+        time.sleep(0.001)
+    return b""
 
 
 def require_free_port(port: int, what: str) -> None:
