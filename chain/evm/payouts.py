@@ -16,6 +16,7 @@ import msgspec
 from eth_account.typed_transactions.typed_transaction import TypedTransaction
 from hexbytes import HexBytes
 
+from chain import payout_quorum
 from chain.errors import ChainBroken, ChainRefusal, Malformed, Reverted
 from chain.evm import abi, gas
 from chain.evm.addresses import parse_address, parse_payable
@@ -136,13 +137,17 @@ class SafeTerms:
 class SafeRail:
     """`chain.ports.PayoutRail` of one Safe."""
 
-    def __init__(self, terms: SafeTerms, rpc: JsonRpc, gas_payer: gas.GasPayer) -> None:
+    def __init__(
+        self, terms: SafeTerms, rpc: JsonRpc, gas_payer: gas.GasPayer, *, witnesses: Sequence[JsonRpc] = ()
+    ) -> None:
+        """`witnesses`: further providers; more than half of all must agree on what has become of a batch."""
         self.terms = terms
         self.chain: Chain = terms.network.chain
         self.escrow = terms.safe
         self.signers = terms.signers
         self.threshold = terms.threshold
         self._rpc = rpc
+        self._providers = (rpc, *witnesses)
         self._gas_payer = gas_payer
         self._is_checked = False
         """Whether this process has seen the Safe as configured; nothing is sent before."""
@@ -229,24 +234,32 @@ class SafeRail:
         self._is_checked = True
 
     async def is_fence_spent(self, fence: str) -> bool:
-        """Tell whether, at finality, the Safe's nonce is past `fence`.
+        """Tell whether, at finality, the Safe's nonce is past `fence` (`payout_quorum.is_spent`).
 
         Before calling a batch EXPIRED, ask this first and `landed` second: finality may move between.
         """
-        return await self._nonce_at("finalized") > int(fence)
+        return await payout_quorum.is_spent([self._is_past(rpc, int(fence)) for rpc in self._providers])
 
     async def landed(self, signed: SignedTransaction) -> Landed | None:
         """The execution of this batch at finality, by whichever transaction; None while there is none.
 
-        WrongSafe where the configured Safe is not the one it was signed for.
+        How many providers must say so is in `payout_quorum.landed`.  WrongSafe where the configured Safe is
+        not the one it was signed for.
         `tx` may differ from `signed.tx`: see the module's docstring.  A transaction of ours that
         reverted is no fact about the batch, whose signatures stay usable until the fence is spent.
         """
-        final, nonce = await self._final()
+        digest = "0x" + self._payload(signed).digest().hex()
+        return await payout_quorum.landed([self._landed(rpc, signed, digest) for rpc in self._providers])
+
+    async def _landed(self, rpc: JsonRpc, signed: SignedTransaction, digest: str) -> Landed | None:
+        final, nonce = await self._final(rpc)
         if nonce <= int(signed.fence):
             return None
-        digest = "0x" + self._payload(signed).digest().hex()
-        return await self._by_receipt(signed.tx, digest, final) or await self._by_search(digest, final)
+        by_ours = await self._by_receipt(rpc, signed.tx, digest, final)
+        return by_ours or await self._by_search(rpc, digest, final)
+
+    async def _is_past(self, rpc: JsonRpc, nonce: int) -> bool:
+        return await self._nonce_at(rpc, "finalized") > nonce
 
     async def _refusals(self, lines: Sequence[PayoutLine]) -> dict[str, str]:
         """Why the token would not pay, by payout id: the blacklist, then each transfer on its own."""
@@ -272,17 +285,17 @@ class SafeRail:
                         reasons[line.payout_id] = f"{line.to}: the token answers false"
         return reasons
 
-    async def _nonce_at(self, block: str) -> int:
+    async def _nonce_at(self, rpc: JsonRpc, block: str) -> int:
         nonce = abi.load("safe")["nonce"]
         call = _view(self.terms.safe, nonce.encode(), block=block)
-        returned = (await self._rpc.batch([call]))[0].value(str)
+        returned = (await rpc.batch([call]))[0].value(str)
         return int(nonce.decode(data(returned))[0])
 
-    async def _final(self) -> tuple[int, int]:
+    async def _final(self, rpc: JsonRpc) -> tuple[int, int]:
         """(finalized height, Safe nonce there), of one and the same block."""
-        block = await self._rpc.call("eth_getBlockByNumber", "finalized", False, shape=dict[str, object])
+        block = await rpc.call("eth_getBlockByNumber", "finalized", False, shape=dict[str, object])
         height = quantity(str(block.get("number")))
-        return height, await self._nonce_at(hex(height))
+        return height, await self._nonce_at(rpc, hex(height))
 
     def _payload(self, signed: SignedTransaction) -> BatchTransaction:
         """The SafeTx inside bytes that we signed; WrongSafe if they are another Safe's.
@@ -299,13 +312,13 @@ class SafeRail:
             nonce=int(signed.fence),
         )
 
-    async def _by_receipt(self, tx: str, digest: str, final: int) -> Landed | None:
-        receipt = await self._rpc.call("eth_getTransactionReceipt", tx, shape=_RawReceipt | None)  # type: ignore[arg-type]  # a union is a shape too
+    async def _by_receipt(self, rpc: JsonRpc, tx: str, digest: str, final: int) -> Landed | None:
+        receipt = await rpc.call("eth_getTransactionReceipt", tx, shape=_RawReceipt | None)  # type: ignore[arg-type]  # a union is a shape too
         if receipt is None or quantity(receipt.blockNumber) > final:
             return None
         return self._execution(receipt.logs, digest)
 
-    async def _by_search(self, digest: str, final: int) -> Landed | None:
+    async def _by_search(self, rpc: JsonRpc, digest: str, final: int) -> Landed | None:
         topics = abi.load("safe").topics
         kinds = [topics["ExecutionSuccess"], topics["ExecutionFailure"]]
         for end in range(final, max(final - SEARCH_BLOCKS_MAX, -1), -SEARCH_BLOCKS):
@@ -315,7 +328,7 @@ class SafeRail:
                 "address": self.terms.safe,
                 "topics": [kinds],  # not the digest: a Safe before 1.4 has it in the data
             }
-            logs = await self._rpc.call("eth_getLogs", where, shape=list[RawLog])
+            logs = await rpc.call("eth_getLogs", where, shape=list[RawLog])
             if found := self._execution(logs, digest):
                 return found
         return None

@@ -20,6 +20,7 @@ from solders.pubkey import Pubkey
 from solders.signature import Signature
 from solders.transaction import VersionedTransaction
 
+from chain import payout_quorum
 from chain.errors import ChainError, Malformed, Reverted, RpcUnavailable, UnknownResult, WrongChain
 from chain.networks import Chain
 from chain.ports import Approval, Landed, PayoutLine, SignedTransaction, Sweep, Unsigned
@@ -70,7 +71,7 @@ class MultisigRail:
         *,
         witnesses: Sequence[SolanaRpc] = (),
     ) -> None:
-        """`witnesses`: further providers that must agree on what a lookup table holds."""
+        """`witnesses`: further providers that must agree on what a lookup table holds and what has landed."""
         if str(gas_key.pubkey()) != terms.gas_payer:
             raise ValueError("the gas key is not the gas payer of the escrow's terms")
         self._rpc = rpc
@@ -78,8 +79,8 @@ class MultisigRail:
         self._gas_key = gas_key
         self._abandoned: list[str] = []
         """Lookup tables made for a batch that was not frozen after all."""
-        self._slot_floor = 0
-        """Finalized slot already seen: a lagging node must not show an older nonce as a newer one."""
+        self._slot_floors = dict.fromkeys(self._providers, 0)
+        """Finalized slot already seen of each: a lagging node must not show an older nonce as a newer one."""
         self.terms = terms
         self.escrow = terms.escrow
         self.signers = terms.signers
@@ -169,22 +170,24 @@ class MultisigRail:
         A fence must have been the finalized value: otherwise `is_fence_spent` would take the value
         before it for the one after it.
         """
-        final, newest = await self._fence(FINALIZED), await self._fence(CONFIRMED)
+        final = await self._fence(self._rpc, FINALIZED)
+        seen_at = self._slot_floors[self._rpc]  # of a provider that is not there yet the fence looks spent
+        self._slot_floors = {rpc: max(floor, seen_at) for rpc, floor in self._slot_floors.items()}
+        newest = await self._fence(self._rpc, CONFIRMED)
         if final != newest:
             raise RpcUnavailable("the nonce was just used and is not final yet: ask again in some seconds")
         return final
 
-    async def _fence(self, commitment: str) -> str:
-        options = {"encoding": "base64", "commitment": commitment, "minContextSlot": self._slot_floor}
-        answer = await self._rpc.call(
+    async def _fence(self, rpc: SolanaRpc, commitment: str) -> str:
+        floor = self._slot_floors[rpc]
+        options = {"encoding": "base64", "commitment": commitment, "minContextSlot": floor}
+        answer = await rpc.call(
             "getAccountInfo", [self.terms.nonce_account, options], InContext[AccountState | None]
         )
         if commitment == FINALIZED:
-            if answer.context.slot < self._slot_floor:
-                raise RpcUnavailable(
-                    f"the node went back from slot {self._slot_floor} to {answer.context.slot}"
-                )
-            self._slot_floor = answer.context.slot
+            if answer.context.slot < floor:
+                raise RpcUnavailable(f"the node went back from slot {floor} to {answer.context.slot}")
+            self._slot_floors[rpc] = answer.context.slot
         if answer.value is None:
             raise WrongChain(f"nonce account {self.terms.nonce_account} does not exist")
         return programs.nonce_account(answer.value.owner, answer.value.bytes())[1]
@@ -291,7 +294,7 @@ class MultisigRail:
         Returns once the attempt is confirmed or the fence is found spent; `is_fence_spent` proves it at
         finality (a batch may have landed first: ask `landed` too).
         """
-        if await self._fence(CONFIRMED) != fence:
+        if await self._fence(self._rpc, CONFIRMED) != fence:
             return
         gas = self._gas_key.pubkey()
         advance = programs.advance_nonce(Pubkey.from_string(self.terms.nonce_account), gas)
@@ -304,23 +307,16 @@ class MultisigRail:
             return False
 
     async def landed(self, signed: SignedTransaction) -> Landed | None:
-        """The transaction at `finalized` (perhaps failed), or None."""
-        status = await self._rpc.status(signed.tx)
-        if status is None or status.confirmation_status != FINALIZED:
-            return None
-        options = {
-            "transactionDetails": "none",
-            "rewards": False,
-            "maxSupportedTransactionVersion": 0,
-            "commitment": FINALIZED,
-        }
-        block = await self._rpc.call("getBlock", [status.slot, options], _Blockhash)
-        return Landed(signed.tx, status.slot, block.blockhash, is_success=status.err is None)
+        """The transaction at `finalized` (perhaps failed), or None, as `payout_quorum.landed` says."""
+        return await payout_quorum.landed([_landed(rpc, signed.tx) for rpc in self._providers])
 
     async def is_fence_spent(self, fence: str) -> bool:
-        """Tell whether the nonce's finalized value is no longer `fence`."""
+        """Tell whether the nonce's finalized value is no longer `fence` (`payout_quorum.is_spent`)."""
         Hash.from_string(fence)
-        return await self._fence(FINALIZED) != fence
+        return await payout_quorum.is_spent([self._is_past(rpc, fence) for rpc in self._providers])
+
+    async def _is_past(self, rpc: SolanaRpc, fence: str) -> bool:
+        return await self._fence(rpc, FINALIZED) != fence
 
     async def swept(self, unsigned: Unsigned, landed: Landed) -> Sweep:
         """Describe a sweep that landed successfully, in the ledger's terms."""
@@ -328,6 +324,20 @@ class MultisigRail:
             raise ValueError("not a sweep that succeeded")
         moved = tuple((line.to, line.amount) for line in unsigned.lines)
         return Sweep(landed.tx, landed.height, moved)
+
+
+async def _landed(rpc: SolanaRpc, tx: str) -> Landed | None:
+    status = await rpc.status(tx)
+    if status is None or status.confirmation_status != FINALIZED:
+        return None
+    options = {
+        "transactionDetails": "none",
+        "rewards": False,
+        "maxSupportedTransactionVersion": 0,
+        "commitment": FINALIZED,
+    }
+    block = await rpc.call("getBlock", [status.slot, options], _Blockhash)
+    return Landed(tx, status.slot, block.blockhash, is_success=status.err is None)
 
 
 def _message(raw: bytes) -> MessageV0:

@@ -45,9 +45,10 @@ async def _open_evm(
     from chain.evm.rpc import JsonRpc
 
     config = chains.ethereum if chain is Chain.ETHEREUM else chains.base
-    rpc = await stack.enter_async_context(JsonRpc(_endpoint(config.rpc, chain)))
+    _require_endpoint(config.rpc, chain)
+    rpc, *witnesses = [await stack.enter_async_context(JsonRpc(url)) for url in config.rpc]
     payer = GasPayer(rpc, EVM_NETWORKS[chain].chain_id, _read_key(settler_dir / EVM_GAS_KEY))
-    return SafeRail(EvmConsent(chain, config).terms, rpc, payer)
+    return SafeRail(EvmConsent(chain, config).terms, rpc, payer, witnesses=witnesses)
 
 
 async def _open_solana(stack: AsyncExitStack, chains: ChainsConfig, settler_dir: Path) -> PayoutRail:
@@ -55,7 +56,7 @@ async def _open_solana(stack: AsyncExitStack, chains: ChainsConfig, settler_dir:
     from chain.solana.payouts import MultisigRail
     from chain.solana.rpc import SolanaRpc
 
-    _endpoint(chains.solana.rpc, Chain.SOLANA)
+    _require_endpoint(chains.solana.rpc, Chain.SOLANA)
     rpc, *witnesses = [await stack.enter_async_context(SolanaRpc(url)) for url in chains.solana.rpc]
     key = keystore.from_seed(_read_key(settler_dir / SOLANA_GAS_KEY))
     try:
@@ -71,16 +72,15 @@ async def confirm_table(chains: ChainsConfig, table: str, contents: Sequence[str
     from chain.solana import tables
     from chain.solana.rpc import SolanaRpc
 
-    _endpoint(chains.solana.rpc, Chain.SOLANA)
+    _require_endpoint(chains.solana.rpc, Chain.SOLANA)
     async with AsyncExitStack() as stack:
         rpcs = [await stack.enter_async_context(SolanaRpc(url)) for url in chains.solana.rpc]
         return await tables.agreed(rpcs, table, contents)
 
 
-def _endpoint(urls: Sequence[str], chain: Chain) -> str:
+def _require_endpoint(urls: Sequence[str], chain: Chain) -> None:
     if not urls:
         raise SetupFault(f"the chains file names no RPC endpoint for {chain}")
-    return urls[0]
 
 
 def _read_key(path: Path) -> bytes:

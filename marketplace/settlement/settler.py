@@ -315,18 +315,14 @@ class Settler:
 
     async def _finish(self, batch: Batch, envelopes: Sequence[Broadcast]) -> _Outlook:
         """End the batch if finality says so; the fence is asked first, since finality moves in between."""
-        is_spent = await self._rail.is_fence_spent(batch.fence)
-        envelope, landed = await self._landed(envelopes)
-        if landed is not None and landed.is_success:
-            await self._book(batch, Finalized(), envelope, landed)
-            return _Outlook.OVER
-        if not is_spent:
+        if not await self._rail.is_fence_spent(batch.fence):
             self._fence_seen_spent_at = None
             return _Outlook.OPEN
-        if landed is not None:
-            await self._book(batch, RevertedFact(), envelope, landed)
-            return _Outlook.OVER
-        return await self._expire_when_sure(batch)
+        envelope, landed = await self._landed(envelopes)
+        if landed is None:
+            return await self._expire_when_sure(batch)
+        await self._book(batch, Finalized() if landed.is_success else RevertedFact(), envelope, landed)
+        return _Outlook.OVER
 
     async def _landed(self, envelopes: Sequence[Broadcast]) -> tuple[Broadcast | None, Landed | None]:
         failed: tuple[Broadcast | None, Landed | None] = (None, None)

@@ -10,7 +10,9 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from solders.hash import Hash
 from solders.keypair import Keypair
@@ -350,6 +352,40 @@ async def test_a_batch_is_ended_for_good_by_spending_its_fence(world: World) -> 
         pytest.fail("the fence was not spent")
     assert await rail.landed(signed) is None
     assert await world.usdc_of(line.to) == 0
+
+
+class Liar(SolanaRpc):
+    """A provider that shows every nonce as used and hides what has landed."""
+
+    async def status(self, tx: str) -> None:
+        return None
+
+    async def call(self, method: str, params: Any, shape: Any) -> Any:
+        answer = await super().call(method, params, shape)
+        if method == "getAccountInfo":
+            raw = bytearray(answer.value.bytes())
+            raw[40:72] = bytes(Hash.new_unique())
+            state = msgspec.structs.replace(answer.value, data=(base64.b64encode(raw).decode(), "base64"))
+            return msgspec.structs.replace(answer, value=state)
+        return answer
+
+
+async def test_a12_one_provider_cannot_call_a_paid_batch_unpaid(world: World) -> None:
+    await a_funded_escrow(world, 50_000_000)
+    async with Liar(world.rpc.url) as liar, SolanaRpc(world.rpc.url) as third:
+        rail = MultisigRail(world.rpc, world.terms, world.gas, witnesses=[liar, third])
+        alone = MultisigRail(liar, world.terms, world.gas)
+        unsigned = await rail.prepare([a_line(10_000_000)])
+        signed = await rail.assemble(unsigned, [escrow.approve(unsigned, s) for s in world.signers[:2]])
+        assert await alone.is_fence_spent(signed.fence), "the liar does not lie: this shows nothing"
+        assert not await rail.is_fence_spent(signed.fence)
+        await rail.broadcast(signed)
+        await world.until_final(signed.tx)
+        assert await alone.landed(signed) is None
+        landed = await rail.landed(signed)
+        assert landed is not None
+        assert landed.is_success
+        assert await rail.is_fence_spent(signed.fence)
 
 
 async def test_a_refused_batch_stays_good_until_its_fence_is_spent(world: World) -> None:

@@ -108,8 +108,9 @@ def matches(topics: list[str], wanted: list[str | list[str]]) -> bool:
     return len(topics) >= len(each) and all(topic in one for topic, one in zip(topics, each, strict=False))
 
 
-def rail_on(node: Node, terms: SafeTerms = TERMS) -> SafeRail:
-    return SafeRail(terms, node, gas.GasPayer(node, BASE.chain_id, bytes([9]) * 32))
+def rail_on(node: Node, terms: SafeTerms = TERMS, *, witnesses: Sequence[Node] = ()) -> SafeRail:
+    payer = gas.GasPayer(node, BASE.chain_id, bytes([9]) * 32)
+    return SafeRail(terms, node, payer, witnesses=witnesses)
 
 
 @pytest.fixture
@@ -147,6 +148,33 @@ async def test_a_batch_of_another_safe_is_not_looked_for_at_this_one(node: Node)
     node.nonce = 9
     with pytest.raises(WrongSafe, match="signed for"):
         await rail_on(node, replace(TERMS, safe="0x" + "22" * 20)).landed(signed)
+
+
+@pytest.mark.parametrize("liar", [0, 1, 2])
+async def test_a12_one_provider_cannot_call_a_paid_batch_unpaid(liar: int) -> None:
+    """The liar shows the spent nonce and hides the execution: believed, the batch would be paid again."""
+    signed, nodes = await signed_bytes(), [Node(), Node(), Node()]
+    for node in nodes:
+        node.executes(as_now("ExecutionSuccess", "0x" + UNSIGNED.messages[LABEL].hex()), tx=signed.tx)
+    nodes[liar].logs.clear()
+    rail = rail_on(nodes[0], witnesses=nodes[1:])
+    assert await rail.is_fence_spent(signed.fence)
+    landed = await rail.landed(signed)
+    assert landed is not None
+    assert landed.tx == signed.tx
+    nodes[liar - 1].is_down = True
+    with pytest.raises(RpcUnavailable, match="1 of 2 providers saw the batch land"):
+        await rail.landed(signed)
+
+
+@pytest.mark.parametrize("liar", [0, 1, 2])
+async def test_a11_one_provider_cannot_invent_a_spent_fence_or_an_execution(liar: int) -> None:
+    signed, nodes = await signed_bytes(), [Node(), Node(), Node()]
+    nodes[liar].executes(as_now("ExecutionSuccess", "0x" + UNSIGNED.messages[LABEL].hex()), tx=signed.tx)
+    rail = rail_on(nodes[0], witnesses=nodes[1:])
+    assert not await rail.is_fence_spent(signed.fence)
+    with pytest.raises(RpcUnavailable, match="1 of 3 providers saw the batch land"):
+        await rail.landed(signed)
 
 
 async def test_a_log_without_topics_is_no_execution(node: Node) -> None:
