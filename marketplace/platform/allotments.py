@@ -13,7 +13,8 @@ its part lasts, a killed process's part counts as used until its window has pass
 than asked by the life of a part (at most 1 s on a minute, 10 s on a day) and a 120th of itself.
 
 A window of 0 limits what is held at once (parallel requests): units are handed out for ten seconds and
-renewed while they are held, so those of a killed process come back by themselves.
+renewed while they are held, so those of a killed process come back by themselves.  What is held is counted
+whatever the ceiling is now: after it was lowered, nobody gets more until enough was given back.
 
 AllotmentsUnavailable    the database had to be asked and gave no answer
 """
@@ -320,16 +321,17 @@ class Allotments:
         if not counter.is_held:
             return _Asked(counter, max(waiting, spare), least, 0, 0, waiters)
         # What is held moves into the new part in the same statement, so nobody can take it in between.
-        wanted, mark, units = max(waiting, spare), 0, 0
+        wanted, mark, units, least = max(waiting, spare), 0, 0, counter.held
         if counter.parts:
             part = counter.parts[0]
             # Until the answer no more is used than is asked for, less what those who wait are to get.  Not
             # undone by a fault, after which the database may have taken it back: the next ask gives it back.
-            kept = min(part.left, wanted - waiting)
+            kept = min(part.left, wanted - waiting) if part.until > self._monotonic() else 0
             part.given_up += part.left - kept
             part.left = kept
             mark, units = part.mark, counter.held + part.left + part.given_up
-        return _Asked(counter, counter.held + wanted, counter.held, mark, units, waiters)
+            least += kept
+        return _Asked(counter, counter.held + wanted, least, mark, units, waiters)
 
     def _granted(
         self, ask: _Asked, granted: int, remaining: int, mark: int, reset_ms: int, began: float
@@ -342,7 +344,7 @@ class Allotments:
         if counter.is_held:
             if granted:
                 counter.parts = deque([_Part(mark, max(0, granted - counter.held), until)])
-            elif ask.give_units:  # less is allowed now than is held
+            elif ask.give_units:
                 counter.parts.clear()
         elif granted:
             counter.parts.append(_Part(mark, granted, until))
