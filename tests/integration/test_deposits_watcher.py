@@ -711,6 +711,22 @@ async def test_a06_more_dust_than_a_statement_takes_arguments(bench: Bench) -> N
     await bench.books_hold()
 
 
+async def test_a06_dust_that_waits_costs_later_dust_nothing_but_a_sum(bench: Bench) -> None:
+    """Read one by one (and locked, which the database writes down) it slowed every range with more of it."""
+    ann, address = await bench.a_buyer()
+    watcher = await start(bench)
+    await final(bench, watcher, *(bench.pays(address, "1") for _ in range(200)))
+    waiting = text("SELECT key, xmin::text, xmax::text FROM deposits WHERE amount_micro = 1 ORDER BY key")
+    async with transaction(bench.engine) as conn:
+        before = (await conn.execute(waiting)).all()
+    await final(bench, watcher, bench.pays(address, "2"))
+    async with transaction(bench.engine) as conn:
+        assert (await conn.execute(waiting)).all() == before, "what waits was touched"
+    await final(bench, watcher, bench.pays(address, 5))
+    assert await bench.buyer(ann) == 5_000_202_000
+    await bench.books_hold()
+
+
 async def test_dust_for_nobody_asks_nobody(bench: Bench) -> None:
     watcher = await start(bench)
     await final(bench, watcher, *(bench.pays(ESCROW, "1") for _ in range(120)), bench.pays(ESCROW, 5_000))
