@@ -212,6 +212,14 @@ def models_add(
     _print_models(config, "1m", as_json=as_json)
 
 
+@models_app.command("remove")
+def models_remove(name: str, data_dir: DataDir = HOME, as_json: Json = False) -> None:
+    """Offer a model no more, from the agent's next start; an engine that serves no other goes with it."""
+    with plain_errors():
+        config = settings.remove_model(data_dir, name)
+    _print_models(config, "1m", as_json=as_json)
+
+
 def _engine_for(
     model: Model, *, attach: str, api_key: str, recipe: str, model_path: str, python: str
 ) -> EngineSettings:

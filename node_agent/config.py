@@ -1,12 +1,13 @@
 """The operator's settings: one commented TOML file, `config.toml`, private to its owner.
 
 Reading checks everything and says in one sentence what is wrong and where. Writing keeps the
-operator's own comments: prices are changed in their lines, engines are appended.
+operator's own comments: prices are changed in their lines, engines are appended, models removed.
 """
 
 import itertools
 import re
 import tomllib
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -265,12 +266,30 @@ def add_engine(folder: Path, engine: EngineSettings) -> Config:
     return _write(folder, text)
 
 
+def remove_model(folder: Path, model: str) -> Config:
+    """Take `model`'s lines out, and its engine's if it serves no other; all else stays.  `ConfigError`."""
+    before = load_config(folder)
+    _require_model(before, model)
+    engine = next(engine for engine, entry in before.models() if entry.name == model)
+    lines = (folder / CONFIG_FILE).read_text().splitlines()
+    unclear = ConfigError(f"could not find the lines of {model!r}; remove them in {folder / CONFIG_FILE}")
+    begin, end = next(_model_tables(lines, model), (0, 0))
+    if begin == end:
+        raise unclear
+    if len(engine.models) == 1:
+        begin, end = _engine_around(lines, begin)
+    while end > begin and (not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#")):
+        end -= 1  # what is written above the next table is about that one
+    text = "\n".join(lines[:begin] + lines[end:]).rstrip() + "\n"
+    expected = [(e.name, entry) for e, entry in before.models() if entry.name != model]
+    if [(e.name, entry) for e, entry in parse_config(text).models()] != expected:
+        raise unclear
+    return _write(folder, text)
+
+
 def set_price(folder: Path, model: str, *, price_in: str | None, price_out: str | None, per: Per) -> Config:
     """Change the prices of `model` in their lines, keeping all else; raises `ConfigError`, `PriceError`."""
-    before = load_config(folder)
-    if model not in {entry.name for _, entry in before.models()}:
-        offered = ", ".join(entry.name for _, entry in before.models()) or "none"
-        raise ConfigError(f"no model {model!r} here; models: {offered}")
+    _require_model(load_config(folder), model)
     changes = {
         key: format_price(parse_price(text, per))
         for key, text in (("input", price_in), ("output", price_out))
@@ -288,15 +307,34 @@ def set_price(folder: Path, model: str, *, price_in: str | None, price_out: str 
     return _write(folder, text)
 
 
-def _change_model_lines(text: str, model: str, changes: dict[str, str]) -> str:
-    """Rewrite `input` and `output` inside the [[engines.models]] table that names `model`."""
-    lines = text.splitlines()
+def _require_model(config: Config, model: str) -> None:
+    names = [entry.name for _, entry in config.models()]
+    if model not in names:
+        raise ConfigError(f"no model {model!r} here; models: {', '.join(names) or 'none'}")
+
+
+def _model_tables(lines: list[str], model: str) -> Iterator[tuple[int, int]]:
+    """Where the [[engines.models]] tables that name `model` begin and end."""
     starts = [i for i, line in enumerate(lines) if line.strip().startswith("[")] + [len(lines)]
     for begin, end in itertools.pairwise(starts):
         if not re.match(r"\s*\[\[\s*engines\.models\s*\]\]", lines[begin]):
             continue
-        if tomllib.loads("\n".join(lines[begin + 1 : end])).get("name") != model:
-            continue
+        if tomllib.loads("\n".join(lines[begin + 1 : end])).get("name") == model:
+            yield begin, end
+
+
+def _engine_around(lines: list[str], at: int) -> tuple[int, int]:
+    """Where the [[engines]] table around line `at` begins and ends, with all that is inside it."""
+    heads = [i for i, line in enumerate(lines) if line.strip().startswith("[")]
+    outside = [i for i in heads if not re.match(r"\s*\[{1,2}\s*engines\s*\.", lines[i])]
+    begin = max((i for i in outside if i <= at), default=at)
+    return begin, min((i for i in outside if i > at), default=len(lines))
+
+
+def _change_model_lines(text: str, model: str, changes: dict[str, str]) -> str:
+    """Rewrite `input` and `output` inside the [[engines.models]] table that names `model`."""
+    lines = text.splitlines()
+    for begin, end in _model_tables(lines, model):
         for i in range(begin + 1, end):
             match = re.match(r"(\s*)(input|output)\s*=\s*(\"[^\"]*\"|'[^']*'|[^\s#]+)(.*)$", lines[i])
             if match and match[2] in changes:

@@ -124,6 +124,35 @@ def test_prices_change_in_their_own_lines_only(tmp_path: Path) -> None:
         config.set_price(tmp_path, "four", price_in="1", price_out=None, per="1m")
 
 
+def test_a_removed_model_takes_its_lines_and_an_empty_engine(tmp_path: Path) -> None:
+    path = first(tmp_path)
+    config.add_engine(tmp_path, attached("one"))
+    before = path.read_text()
+    two = ENGINE.replace('"e"', '"both"') + MODEL.replace('"m"', '"x"') + MODEL.replace('"m"', '"y"')
+    spawned = (
+        '[[engines]]\nname = "s"\nkind = "spawn"\nargv = ["a"]\n[engines.environment]\nA = "1"\n' + MODEL
+    )
+    path.write_text(before + "\n# two of mine\n" + two + "\n# a large one\n" + spawned)
+    assert [model.name for _, model in config.remove_model(tmp_path, "x").models()] == ["one", "y", "m"]
+    assert [model.name for _, model in config.remove_model(tmp_path, "y").models()] == ["one", "m"]
+    assert "# two of mine" in path.read_text()
+    assert [engine.name for engine in config.remove_model(tmp_path, "m").engines] == ["e3"]
+    assert path.read_text().startswith(before.rstrip())
+    assert config.remove_model(tmp_path, "one").engines == []
+    with pytest.raises(ConfigError, match="no model 'one' here; models: none"):
+        config.remove_model(tmp_path, "one")
+
+
+def test_a_model_whose_lines_are_not_found_stays(tmp_path: Path) -> None:
+    path = first(tmp_path)
+    inline = 'models = [{ name = "m", input = "0.1", output = "0.1", context = 64 }]\n'
+    path.write_text(path.read_text() + ENGINE + inline)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="could not find the lines of 'm'"):
+        config.remove_model(tmp_path, "m")
+    assert path.read_bytes() == before
+
+
 def test_enrolling_again_keeps_the_engines(tmp_path: Path) -> None:
     first(tmp_path)
     config.add_engine(tmp_path, attached())
