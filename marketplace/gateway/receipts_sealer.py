@@ -201,7 +201,7 @@ class Sealer:
         values = {"hours": OFFERED_HOURS, "again_s": OFFER_AGAIN_S, "offers": OFFERS_MAX}
         async with transaction(self._engine) as connection:
             pages = [_page(row) for row in await connection.execute(_OFFER, values)]
-            return [(page, await statements_in(connection, page)) for page in pages]
+            return [(page, said) for page in pages if (said := await _said_in(connection, page)) is not None]
 
     async def _offer_all(self, offers: Sequence[Offer]) -> None:
         for at in range(0, len(offers), OFFERS_MAX):
@@ -233,8 +233,12 @@ class Sealer:
             _log.warning("node %s disputes %d receipts of page %s", node, len(answer.disputed), page.id)
 
 
-async def statements_in(connection: AsyncConnection, page: Page) -> list[bytes]:
-    """The statements of a page as they were signed, from the charges themselves."""
+async def _said_in(connection: AsyncConnection, page: Page) -> list[bytes] | None:
+    """The statements of a page as they were signed, from the charges themselves.
+
+    None if one is not as it was then (its hashes came after the sealing): such a page keeps our signature,
+    gets no node's, and must not keep the others waiting for theirs.
+    """
     where = {"lane": page.lane, "first_batch": page.first_batch, "last_batch": page.last_batch}
     ends = (await connection.execute(_ENDS, where)).one()
     span = {**where, "first_id": ends.first_id, "last_id": ends.last_id}
@@ -243,6 +247,9 @@ async def statements_in(connection: AsyncConnection, page: Page) -> list[bytes]:
         for stated in await statements_of(connection, span)
         if stated.node == page.node
     }
+    if missing := sum(leaf not in by_leaf for leaf in page.leaves):
+        _log.error("page %s: %d of %d statements are not as they were signed", page.id, missing, len(by_leaf))
+        return None
     return [by_leaf[leaf] for leaf in page.leaves]
 
 

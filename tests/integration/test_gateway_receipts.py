@@ -228,6 +228,32 @@ async def test_a_charge_waits_for_its_hashes_but_not_for_ever(
     assert said_of_it.cost_nano == usage["cost_nano"]
 
 
+async def test_hashes_that_come_after_the_sealing_keep_no_other_page_waiting(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("marketplace.gateway.receipts_sealer.OFFER_AGAIN_S", 0)
+    monkeypatch.setattr("marketplace.gateway.receipts_sealer.HASHES_S_MAX", 0)
+    countersigner = Countersigner()
+    countersigner.is_silent = True
+    node = await gateway.add_node(whole(said("abc", finish="stop")))
+    await _enrol(gateway, node, countersigner)
+    sealer = _sealer(gateway, countersigner)
+    await gateway.chat(HELLO)
+    async with gateway.owner.begin() as connection:
+        await connection.execute(text("CREATE TABLE late AS SELECT * FROM receipts"))
+        await connection.execute(text("DELETE FROM receipts"))
+    assert await sealer.tick()
+    async with gateway.owner.begin() as connection:
+        await connection.execute(text("INSERT INTO receipts SELECT * FROM late"))
+    await gateway.chat(HELLO)
+    assert await sealer.tick()
+    countersigner.pages.clear()
+    countersigner.is_silent = False
+    await sealer.tick()
+    assert len(countersigner.pages) == 1, "only the page whose statements are as they were signed"
+    assert "1 of 1 statements are not as they were signed" in caplog.text
+
+
 async def test_a_row_the_database_refuses_holds_up_no_other(
     gateway: RunningGateway, caplog: pytest.LogCaptureFixture
 ) -> None:
