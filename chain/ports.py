@@ -44,6 +44,8 @@ class TransferSeen:
     sender: str
     amount: Micro
     references: tuple[str, ...] = ()
+    also_sent: tuple[str, ...] = ()
+    """Whoever else's USDC lessened in the same transaction (Solana, where one moves many people's)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -312,7 +312,7 @@ class SolanaReader:
         delta = _micros(after) - (_micros(before) if before is not None else 0)
         if delta <= 0:
             return None
-        signature = _signature(header, item)
+        signature, (sender, *others) = _signature(header, item), self._senders(item)
         return TransferSeen(
             chain=Chain.SOLANA,
             key=f"{signature}:{to}",
@@ -320,13 +320,14 @@ class SolanaReader:
             height=header.height,
             block_hash=header.hash,
             to=to,
-            sender=self._sender(item),
+            sender=sender,
             amount=Micro(delta),
             references=tuple(k.pubkey for k in item.transaction.account_keys if watch.is_reference(k.pubkey)),
+            also_sent=tuple(others),
         )
 
-    def _sender(self, item: _WithMeta) -> str:
-        """Owner of the token account that lost most; the fee payer if none did (a mint)."""
+    def _senders(self, item: _WithMeta) -> list[str]:
+        """Owners of the token accounts that lost, who lost most first; the fee payer if none did (a mint)."""
         assert item.meta is not None
         after = {
             b.account_index: _micros(b) for b in item.meta.post_token_balances or [] if b.mint == self._mint
@@ -336,8 +337,8 @@ class SolanaReader:
             for b in item.meta.pre_token_balances or []
             if b.mint == self._mint
         ]
-        most, owner = max(losses, default=(0, ""))
-        return owner if most > 0 and owner else item.transaction.account_keys[0].pubkey
+        owners = [owner for lost, owner in sorted(losses, reverse=True) if lost > 0 and owner]
+        return list(dict.fromkeys(owners)) or [item.transaction.account_keys[0].pubkey]
 
     async def token_code(self, height: int) -> str:
         """Always "": a mint under the pinned Token program has no code of its own to change."""

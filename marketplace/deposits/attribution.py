@@ -1,6 +1,6 @@
 """Whose money is it?  Pure: what arrived, and what our tables say of the addresses in it.
 
-    sender on the screening list                    unattributed, until a person decides
+    a sender on the screening list                  unattributed, until a person decides
     escrow ◀── one of our deposit addresses         a sweep: no new money
     escrow ◀── anybody, with one person's reference a direct deposit (Solana Pay)
     escrow ◀── anybody else                         unattributed
@@ -81,7 +81,7 @@ Attribution = ToPerson | Swept | Unattributed
 def attribute(transfer: TransferSeen, directory: Directory) -> Attribution:
     """Say whose money `transfer` is."""
     is_direct = transfer.to == directory.escrow
-    if transfer.sender in directory.screened:
+    if not directory.screened.isdisjoint((transfer.sender, *transfer.also_sent)):
         return Unattributed("screened_sender", is_direct=is_direct)
     if is_direct:
         return _into_escrow(transfer, directory)

@@ -119,7 +119,7 @@ async def look_up(
     references = {reference for transfer in transfers for reference in transfer.references}
     family = family_of(chain)
     owners = await _owners(conn, family, reached)
-    screened = await _screened(conn, {transfer.sender for transfer in transfers})
+    screened = await _screened(conn, {who for t in transfers for who in (t.sender, *t.also_sent)})
     intents: dict[str, UUID] = {}
     ours: frozenset[str] = frozenset()
     if family == "solana":

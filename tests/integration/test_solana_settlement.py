@@ -131,6 +131,32 @@ async def test_a_solana_pay_deposit_carries_its_reference(world: World) -> None:
     assert seen.sender == buyer.address
 
 
+async def test_a20_everybody_who_pays_in_a_transaction_is_named(world: World) -> None:
+    """A listed sender pays little beside one who pays much."""
+    large, small = [SolanaWallet(world.rpc, seed=bytes([n]) * 32) for n in (7, 8)]
+    for wallet in (large, small):
+        await fund(world.rpc, wallet.address, usdc=Micro(9_000_000), lamports=10**9)
+    moves = [
+        programs.transfer_checked(
+            source=Pubkey.from_string(wallet.token_account),
+            mint=Pubkey.from_string(world.terms.mint),
+            to=Pubkey.from_string(world.deployment.escrow),
+            authority=Pubkey.from_string(wallet.address),
+            signers=(),
+            amount=amount,
+        )
+        for wallet, amount in ((large, 5_000_000), (small, 1_000_000))
+    ]
+    keys = [Keypair.from_seed(bytes([n]) * 32) for n in (7, 8)]
+    await sending.send_and_confirm(world.rpc, moves, keys)
+    (seen,) = await world.seen(Watch({world.deployment.escrow}))
+    assert (seen.amount, seen.sender, seen.also_sent) == (
+        Micro(6_000_000),
+        large.address,
+        (small.address,),
+    )
+
+
 async def test_a_deposit_is_seen_before_it_is_final(world: World) -> None:
     buyer = await world.buyer(9_000_000)
     await buyer.pay(world.deployment.multisig, Micro(5_000_000))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import doctest
 import uuid
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,17 @@ def a_transfer(to: str, sender: str = "them", *references: str) -> TransferSeen:
 )
 def test_whose_money_it_is(transfer: TransferSeen, expected: Attribution) -> None:
     assert attribute(transfer, DIRECTORY) == expected
+
+
+@pytest.mark.parametrize(("sender", "also"), [("listed", ()), ("them", ("x", "listed"))])
+@pytest.mark.parametrize(("to", "is_direct"), [("anns", False), ("escrow", True)])
+def test_a20_a_listed_sender_does_not_hide_behind_another(
+    sender: str, also: tuple[str, ...], to: str, is_direct: bool
+) -> None:
+    transfer = replace(a_transfer(to, sender, "ref-ann"), also_sent=also)
+    directory = replace(DIRECTORY, screened=frozenset({"listed"}))
+    assert attribute(transfer, directory) == Unattributed("screened_sender", is_direct=is_direct)
+    assert isinstance(attribute(transfer, DIRECTORY), ToPerson)
 
 
 def test_doctests() -> None:
