@@ -567,12 +567,20 @@ def batch_expire(
 
 @batch_app.command("sanctions")
 def batch_sanctions(
-    file: Annotated[Path, typer.Argument(help="One address a line; # starts a comment.")],
+    file: Annotated[Path | None, typer.Argument(help="One address a line; # starts a comment.")] = None,
+    none: Annotated[bool, typer.Option("--none", help="Screen nobody any more; takes no file.")] = False,
     data_dir: DataDir = DEFAULT_STACK,
 ) -> None:
     """Put a list in force: never added or paid, and their deposits wait; replaces the list before."""
     from marketplace import screening
 
+    if none == (file is not None):
+        err.print("[red]tollway:[/] give either a file or --none")
+        raise typer.Exit(1)
+    if file is None:
+        _with_book(data_dir, lambda engine, _, clock: screening.empty(engine, clock))
+        out.print("Nobody is screened.")
+        return
     count = _with_book(data_dir, lambda engine, _, clock: screening.refresh(engine, clock, file))
     out.print(f"{count} addresses are screened.")
 

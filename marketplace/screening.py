@@ -28,13 +28,22 @@ async def refresh(engine: AsyncEngine, clock: Clock, file: Path) -> int:
     sanctions.BadList leaves both lists as they were.
     """
     addresses = await asyncio.to_thread(sanctions.read_list, file)
+    await _replace(engine, clock, addresses, source=file.name)
+    return len(addresses)
+
+
+async def empty(engine: AsyncEngine, clock: Clock) -> None:
+    """Take both lists out of force; a file without an address never does that."""
+    await _replace(engine, clock, frozenset(), source="no list")
+
+
+async def _replace(engine: AsyncEngine, clock: Clock, addresses: frozenset[str], *, source: str) -> None:
     now, senders = clock.now(), {decisions.spelled(address) for address in addresses}
     async with transaction(engine) as conn:
-        await sanctions.refresh(conn, addresses, source=file.name, now=now)
+        await sanctions.refresh(conn, addresses, source=source, now=now)
         t = screened_senders.c
         before = set(await conn.scalars(select(t.address).where(t.added_by == ACTOR)))
         for address in sorted(before - senders):
-            await decisions.unscreen_sender(conn, address, actor=ACTOR, reason=file.name, now=now)
+            await decisions.unscreen_sender(conn, address, actor=ACTOR, reason=source, now=now)
         for address in sorted(senders - before):
-            await decisions.screen_sender(conn, address, actor=ACTOR, reason=file.name, now=now)
-    return len(addresses)
+            await decisions.screen_sender(conn, address, actor=ACTOR, reason=source, now=now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,12 @@ async def explain_transaction(
     ).one_or_none()
     if cursor is None:
         return [Said("", "unknown", f"no watcher of {chain.value} has ever started")]
+    decided = await _decided(conn, chain, tx)
     said = [
-        *[_deposit(row, cursor, deposit_micro_min) for row in await _rows(conn, deposits, chain, tx)],
+        *[
+            _deposit(row, cursor, deposit_micro_min, decided)
+            for row in await _rows(conn, deposits, chain, tx)
+        ],
         *[
             Said(
                 row.key,
@@ -74,7 +79,7 @@ async def explain_transaction(
     return said
 
 
-def _deposit(row: Row[Any], cursor: Row[Any], minimum: int) -> Said:
+def _deposit(row: Row[Any], cursor: Row[Any], minimum: int, decided: Collection[str]) -> Said:
     amount = f"{Micro(row.amount_micro)} USDC to {row.to_address}"
     if row.status == "orphaned":
         return Said(
@@ -88,6 +93,8 @@ def _deposit(row: Row[Any], cursor: Row[Any], minimum: int) -> Said:
         )
     if row.credited_at is not None:
         return Said(row.key, "credited", f"{amount}: to {row.person_id} at {row.credited_at.isoformat()}")
+    if row.person_id is None and row.transfer_ref.partition(":")[2] in decided:
+        return Said(row.key, "decided", f"{amount}: for nobody we know; a person has decided")
     if row.person_id is None:
         return Said(row.key, "unattributed", f"{amount}: for nobody we know; a person decides")
     if row.is_held:
@@ -99,6 +106,12 @@ def _deposit(row: Row[Any], cursor: Row[Any], minimum: int) -> Said:
         "waiting",
         f"{amount}: final, and waits until the sum on this address reaches {Micro(minimum)} USDC",
     )
+
+
+async def _decided(conn: AsyncConnection, chain: Chain, tx: str) -> set[str]:
+    t = deposit_decisions.c
+    statement = select(t.key).where(t.chain == chain.value, t.key.startswith(tx, autoescape=True))
+    return set(await conn.scalars(statement))
 
 
 async def _about(conn: AsyncConnection, chain: Chain, tx: str) -> list[Said]:

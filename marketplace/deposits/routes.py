@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Final, Literal
@@ -37,16 +38,19 @@ from marketplace.platform.http import (
     RefusalOut,
     Services,
     ServicesDep,
+    require_another,
 )
 
 PAGE_MAX: Final = 200
 STREAMED: Final = 20
 STREAMS_MAX: Final = 200
 """Of one process: each asks the database every STREAM_POLL_S seconds."""
+STREAMS_OF_A_PERSON_MAX: Final = 8
+"""Of one process: his browser's tabs, and nobody else's share."""
 STREAM_POLL_S: Final = 1.0
 STREAM_BEAT_S: Final = 15.0
 STREAM_S_MAX: Final = 600.0
-_open_streams: Final = [0]
+_open_streams: Final = Counter[UUID]()
 
 Reference = Annotated[str, Path(pattern=r"^[1-9A-HJ-NP-Za-km-z]{32,44}$", description="base58")]
 
@@ -254,7 +258,9 @@ async def stream_deposits(identity: AccountIdentity, services: ServicesDep) -> S
 
     The newest are told at once; ends after STREAM_S_MAX seconds (connect again).
     """
-    if _open_streams[0] >= STREAMS_MAX:
+    if _open_streams[identity.person_id] >= STREAMS_OF_A_PERSON_MAX:
+        raise Refusal(429, "too_many_streams", "close one of your other status streams", retry_after_s=30)
+    if _open_streams.total() >= STREAMS_MAX:
         raise Refusal(
             503, "too_many_streams", "too many status streams are open; poll instead", retry_after_s=30
         )
@@ -271,7 +277,7 @@ async def _changes(engine: AsyncEngine, clock: Clock, person_id: UUID) -> AsyncI
         .limit(STREAMED)
     )
     told: dict[UUID, DepositItem] = {}
-    _open_streams[0] += 1
+    _open_streams[person_id] += 1
     try:
         ends_at = clock.monotonic() + STREAM_S_MAX
         quiet_s = 0.0
@@ -289,7 +295,9 @@ async def _changes(engine: AsyncEngine, clock: Clock, person_id: UUID) -> AsyncI
                 yield ": still here\n\n"
             await asyncio.sleep(STREAM_POLL_S)
     finally:
-        _open_streams[0] -= 1
+        _open_streams[person_id] -= 1
+        if not _open_streams[person_id]:
+            del _open_streams[person_id]
 
 
 def eip681_link(network: EvmNetwork, address: str) -> str:
@@ -413,7 +421,9 @@ async def list_cases(
 
 @router.post("/admin/deposit-decisions", status_code=204, responses=_ERRORS | {409: {"model": RefusalOut}})
 async def decide(body: Decision, identity: AdminIdentity, services: ServicesDep) -> None:
-    """Give a deposit to a person, or leave it; a fact with actor and reason."""
+    """Give a deposit to somebody else, or leave it; a fact with actor and reason."""
+    if body.person_id is not None:
+        require_another(identity, body.person_id)
     actor, now = str(identity.person_id), services.clock.now()
     try:
         async with transaction(services.engine) as conn:

@@ -159,6 +159,12 @@ def require_recent_proof(services: Services, identity: Identity) -> None:
         )
 
 
+def require_another(identity: Identity, person_id: UUID) -> None:
+    """Refuse (403 `own_case`) where an administrator decides what he gains by himself."""
+    if identity.person_id == person_id:
+        raise Refusal(403, "own_case", "this is about you: another administrator decides it")
+
+
 def _require(scope: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - a FastAPI dependency factory
     async def dependency(request: Request) -> Identity:
         identity = await _identify(request)

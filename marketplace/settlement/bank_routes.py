@@ -9,7 +9,13 @@ from uuid import UUID
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from marketplace.platform.http import AccountIdentity, AdminIdentity, ServicesDep, require_recent_proof
+from marketplace.platform.http import (
+    AccountIdentity,
+    AdminIdentity,
+    ServicesDep,
+    require_another,
+    require_recent_proof,
+)
 from marketplace.settlement import bank, withdrawals
 from marketplace.settlement.answers import (
     AmountText,
@@ -231,8 +237,9 @@ async def list_open_bank_withdrawals(
 async def approve_bank_withdrawal(
     services: ServicesDep, identity: AdminIdentity, withdrawal_id: UUID, body: Decision
 ) -> BankWithdrawalBody:
-    """Let a withdrawal out; another person sends it."""
+    """Let a withdrawal out, not one's own; another person sends it."""
     async with work(services) as conn:
+        require_another(identity, (await bank.find(conn, withdrawal_id)).person_id)
         return BankWithdrawalBody.of(
             await bank.approve(
                 conn, withdrawal_id, actor=actor_of(identity), reason=body.reason, now=services.clock.now()
@@ -265,8 +272,9 @@ async def refuse_bank_withdrawal(
 async def report_bank_withdrawal_paid(
     services: ServicesDep, identity: AdminIdentity, withdrawal_id: UUID, body: SentByBank
 ) -> BankWithdrawalBody:
-    """Report that the bank has sent it, under its reference; whoever approved it cannot."""
+    """Report that the bank has sent it, under its reference; whoever approved or gets it cannot."""
     async with work(services) as conn:
+        require_another(identity, (await bank.find(conn, withdrawal_id)).person_id)
         return BankWithdrawalBody.of(
             await bank.paid(
                 conn,

@@ -80,7 +80,11 @@ async def change_tier(
     reason: str,
     now: datetime,
 ) -> None:
-    """Put other limits of a tier in force, or a new tier."""
+    """Put other limits of a tier in force, or a new tier; WrongState where they contradict each other."""
+    if withdrawal_max is not None and total_max is not None and withdrawal_max.n > total_max.n:
+        raise WrongState(
+            f"{withdrawal_max} USDC at once is more than {total_max} USDC in all", code="bad_tier"
+        )
     await conn.execute(
         insert(kyc_tiers).values(
             tier=tier,

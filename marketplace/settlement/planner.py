@@ -180,8 +180,9 @@ async def _tell_suspended(conn: AsyncConnection, chain: Chain, now: datetime) ->
         await conn.execute(update(withdrawals).where(t.id == row.id).values(refusal=why, changed_at=now))
         message = (
             f"Your withdrawal of {Micro(row.amount_micro)} USDC waits: {why}. It joins the next batch by "
-            "itself when that is settled; until then you can cancel it."
         )
+        message += "itself when that is settled"
+        message += "." if reasons[row.person_id] == people.FROZEN else "; until then you can cancel it."
         await outbox.enqueue(conn, "withdrawal_refused", row.person_id, {"message": message}, now=now)
 
 

@@ -18,6 +18,7 @@ from marketplace.platform.http import (
     AdminIdentity,
     Refusal,
     ServicesDep,
+    require_another,
     require_recent_proof,
 )
 from marketplace.settlement import (
@@ -575,7 +576,8 @@ async def push_approval(
     "/kyc/{person}", status_code=204, responses=errors(s404="no such person or tier"), tags=["settlement"]
 )
 async def decide_kyc(services: ServicesDep, identity: AdminIdentity, person: UUID, body: KycBody) -> None:
-    """Give somebody a KYC tier after a manual review (`none` takes it away); a row with actor and reason."""
+    """Give somebody else a KYC tier after a review (`none` takes it away); a row with actor and reason."""
+    require_another(identity, person)
     async with work(services) as conn:
         await kyc.decide(
             conn,
@@ -593,7 +595,8 @@ async def decide_kyc(services: ServicesDep, identity: AdminIdentity, person: UUI
 async def decide_standing(
     services: ServicesDep, identity: AdminIdentity, person: UUID, body: StandingBody
 ) -> None:
-    """Record a decision about an operator's standing."""
+    """Record a decision about another operator's standing."""
+    require_another(identity, person)
     async with work(services) as conn:
         await people.set_standing(
             conn,

@@ -130,6 +130,8 @@ async def rebalance(
     has it; KeyReused if it is booked in other words.  Halt the source chain's payouts between sending and
     booking: until then, and for a fee not booked, its books say more than its escrow holds (S1 reports it).
     """
+    if source == target:
+        raise WrongState(f"what left the escrow on {target} did not arrive in it")
     entries = _entries(source, target, arrived, amount, fee, f"{actor}: {ref}: {reason}")
     await lock_chain(conn, target)
     fresh = [entry for entry in entries if await find_transfer(conn, entry.kind, entry.ref) is None]

@@ -7,6 +7,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from uuid import UUID
 import aiohttp
 import httpx
 import pytest
-from deposits_parts import ESCROW, QUICK, Bench, final, start
+from deposits_parts import ESCROW, QUICK, Bench, a_known_person, final, start
 from fastapi import FastAPI, Request
 from prometheus_client import REGISTRY
 from sqlalchemy import select
@@ -28,18 +30,17 @@ from chain.networks import EVM_NETWORKS, SOLANA, Chain
 from chain.simulated import SimulatedChain
 from chain.units import Micro
 from marketplace.cli_deposits import deposits_app
-from marketplace.deposits import service
+from marketplace.deposits import routes, service
 from marketplace.deposits.alarms import halt_and_ask
 from marketplace.deposits.booking import open_case
 from marketplace.deposits.cursor import load_cursor
 from marketplace.deposits.decisions import CASES_MAX
 from marketplace.deposits.early import EarlyCredit
-from marketplace.deposits.routes import router
 from marketplace.deposits.tables import chain_cursors, chain_halts, deposit_addresses, screening_decisions
 from marketplace.deposits.watcher import PROGRESS_EVERY_S, STALL_S
 from marketplace.platform.database import connect, transaction
 from marketplace.platform.errors import SetupFault
-from marketplace.platform.http import Identity
+from marketplace.platform.http import Identity, Refusal, install_error_handlers
 from marketplace.platform.operations import answering_operations
 from marketplace.platform.settings import load_chains, settings_environment
 
@@ -329,18 +330,24 @@ async def test_a_person_pages_through_cases_by_command(
     assert (halts.count("chain_halted"), "no_reference" in halts) == (1, False)
 
 
-async def test_cases_are_listed_in_pages_and_by_kind_over_http(bench: Bench) -> None:
-    await many_cases(bench)
-
-    class Anybody:
+@asynccontextmanager
+async def admins_client(bench: Bench, person: UUID) -> AsyncIterator[httpx.AsyncClient]:
+    class Admin:
         async def authenticate(self, _: Request) -> Identity:
-            return Identity(UUID(int=1), None, frozenset({"account", "admin"}))
+            return Identity(person, None, frozenset({"account", "admin"}))
 
     app = FastAPI()
-    app.include_router(router)
-    app.state.services = SimpleNamespace(engine=bench.engine, authenticator=Anybody())
+    app.include_router(routes.router)
+    install_error_handlers(app)
+    app.state.services = SimpleNamespace(engine=bench.engine, authenticator=Admin(), clock=bench.clock)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://tollway/api/admin") as client:
+        yield client
+
+
+async def test_cases_are_listed_in_pages_and_by_kind_over_http(bench: Bench) -> None:
+    await many_cases(bench)
+    async with admins_client(bench, UUID(int=1)) as client:
         keys, before = [], {}
         for _ in range(3):
             page = (await client.get("/deposit-cases", params={"limit": 34, **before})).json()
@@ -350,6 +357,52 @@ async def test_cases_are_listed_in_pages_and_by_kind_over_http(bench: Bench) -> 
         assert keys[-1] == "0xlarge:0"
         (halt,) = (await client.get("/deposit-cases", params={"kind": "chain_halted"})).json()["data"]
         assert halt["kind"] == "chain_halted"
+
+
+async def test_one_person_leaves_the_others_their_status_streams(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ann, _), (bob, _) = await bench.a_buyer(), await bench.a_buyer()
+    monkeypatch.setattr(routes, "STREAMS_MAX", routes.STREAMS_OF_A_PERSON_MAX + 1)
+    services = SimpleNamespace(engine=bench.engine, clock=bench.clock)
+    async with AsyncExitStack() as open_ones:
+
+        async def opened(person: UUID) -> None:
+            identity = Identity(person, None, frozenset({"account"}))
+            answer = await routes.stream_deposits(identity, services)
+            asking = asyncio.create_task(anext(answer.body_iterator))
+            await asyncio.sleep(0.01)
+
+            async def close() -> None:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+
+            open_ones.push_async_callback(close)
+
+        for _ in range(routes.STREAMS_OF_A_PERSON_MAX):
+            await opened(ann)
+        with pytest.raises(Refusal) as refused:
+            await opened(ann)
+        assert (refused.value.status, refused.value.code) == (429, "too_many_streams")
+        await opened(bob)
+        with pytest.raises(Refusal) as refused:
+            await opened(bob)
+        assert refused.value.status == 503
+    assert routes._open_streams.total() == 0
+
+
+async def test_a47_no_admin_gives_a_deposit_to_himself(bench: Bench) -> None:
+    watcher = await start(bench)
+    await final(bench, watcher, bench.pays(ESCROW, 5, tx="0xstray"))
+    admin, other = await a_known_person(bench), await a_known_person(bench)
+    async with admins_client(bench, admin) as client:
+        decision = {"chain": "base", "key": "0xstray:0", "reason": "it is mine"}
+        own = await client.post("/deposit-decisions", json=decision | {"person_id": str(admin)})
+        assert (own.status_code, own.json()["error"]["code"]) == (403, "own_case")
+        assert await bench.buyer(admin) == 0
+        given = await client.post("/deposit-decisions", json=decision | {"person_id": str(other)})
+        assert given.status_code == 204, given.text
+    assert await bench.buyer(other) == 5_000_000_000
 
 
 async def test_a_person_retires_an_address_and_screens_a_sender_by_command(

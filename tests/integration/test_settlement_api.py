@@ -92,6 +92,7 @@ class Office:
     client: httpx.AsyncClient
     admin: UUID
     second_admin: UUID
+    signed_in: SignedIn
 
     async def call(
         self, method: str, path: str, person: UUID | None, body: Any = None, key: str | None = None
@@ -126,7 +127,7 @@ async def office(engine: AsyncEngine) -> AsyncIterator[Office]:
     signed_in.admins.update({admin, second})
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://tollway") as client:
-        yield Office(desk, client, admin, second)
+        yield Office(desk, client, admin, second, signed_in)
     await desk.check()
 
 
@@ -311,6 +312,30 @@ async def test_only_admins_plan_and_decide(office: Office) -> None:
     assert nobody.status_code == 404
     await office.call("POST", "/payout-halts/payouts/lift", office.admin, {"reason": "x"})
     assert (await office.call("POST", "/payout-halts/moon", office.admin, {"reason": "x"})).status_code == 400
+
+
+async def test_a47_no_admin_decides_about_himself(office: Office) -> None:
+    ann = await office.desk.operator(50)
+    office.signed_in.admins.add(ann)
+    account = {"holder": "Ann", "iban": "GB82 WEST 1234 5698 7654 32"}
+    account_id = (await office.call("POST", "/bank-accounts", ann, account)).json()["id"]
+    office.desk.clock.pass_s(3600)
+    asked = {"account_id": account_id, "amount": "20"}
+    made = (await office.call("POST", "/bank-withdrawals", ann, asked, key="k")).json()["id"]
+    approve = ("POST", f"/admin/bank-withdrawals/{made}/approve", {"reason": "x"})
+    paid = ("POST", f"/admin/bank-withdrawals/{made}/paid", {"reference": "B-1"})
+    for method, path, body in [
+        ("POST", f"/kyc/{ann}", {"reason": "x"}),
+        ("POST", f"/standing/{ann}", {"is_good": True, "reason": "x"}),
+        approve,
+        paid,
+    ]:
+        refused = await office.call(method, path, ann, body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "own_case")
+    assert (await office.call(approve[0], approve[1], office.admin, approve[2])).status_code == 200
+    assert (await office.call(paid[0], paid[1], ann, paid[2])).status_code == 403
+    refuse = f"/admin/bank-withdrawals/{made}/refuse"
+    assert (await office.call("POST", refuse, ann, {"reason": "a mistake"})).status_code == 200
 
 
 async def test_a_batch_is_asked_for_planned_shown_and_exported(office: Office) -> None:

@@ -216,7 +216,12 @@ async def test_one_list_screens_payouts_and_senders(desk: Desk, tmp_path: Path) 
     file.write_text(f"{solana}\n")
     await screening.refresh(desk.engine, desk.clock, file)
     assert await found() == (frozenset({solana}), frozenset({solana}))
+    file.write_text("# nobody today\n")
+    with pytest.raises(sanctions.BadList):
+        await screening.refresh(desk.engine, desk.clock, file)
     file.write_text("not an address!\n")
     with pytest.raises(sanctions.BadList):
         await screening.refresh(desk.engine, desk.clock, file)
     assert await found() == (frozenset({solana}), frozenset({solana}))
+    await screening.empty(desk.engine, desk.clock)
+    assert await found() == (frozenset(), frozenset())

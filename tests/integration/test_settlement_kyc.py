@@ -21,7 +21,7 @@ from marketplace.platform.database import transaction
 from marketplace.platform.http import Identity, Services, install_error_handlers
 from marketplace.platform.settings import ChainsConfig, Environment, Settings
 from marketplace.settlement import kyc
-from marketplace.settlement.errors import NotEligible, NotFound
+from marketplace.settlement.errors import NotEligible, NotFound, WrongState
 from marketplace.settlement.routes import router
 from tests.fake_stripe import KEY, WEBHOOK_SECRET, FakeStripe, fake_stripe, signature
 from tests.settlement_parts import Desk
@@ -199,6 +199,11 @@ async def test_tiers_are_data_and_splitting_evades_none(office: Office) -> None:
             reason="a tier between", now=now,
         )  # fmt: skip
         await kyc.decide(conn, person=ann, tier="address", reason="bill seen", actor="bo", now=now)
+        with pytest.raises(WrongState, match=r"at once is more than 1\.000000 USDC in all"):
+            await kyc.change_tier(
+                conn, "odd", withdrawal_max=Micro(2 * 10**6), total_max=Micro(10**6), actor="ada",
+                reason="a slip", now=now,
+            )  # fmt: skip
         with pytest.raises(NotFound):
             await kyc.decide(conn, person=ann, tier="king", reason="x", actor="bo", now=now)
     await office.desk.request(ann, 700, "at the tier's limit")

@@ -20,6 +20,7 @@ from chain.simulated import SimulatedChain
 from chain.units import Micro
 from marketplace.deposits.decisions import attribute_deposit, open_cases
 from marketplace.deposits.errors import NoDecision
+from marketplace.deposits.explain import explain_transaction
 from marketplace.deposits.tables import deposit_decisions
 from marketplace.ledger import accounts as ledger_accounts
 from marketplace.ledger import templates
@@ -253,11 +254,11 @@ async def bench(engine: AsyncEngine) -> Bench:
 
 async def rebalance(bench: Bench, arrived: str, usdc: int, **said: Any) -> None:
     """Ethereum to Base."""
-    told = {"ref": "0xout", "actor": "ada", "reason": "payouts on Base", "now": bench.clock.now()} | said
+    told: dict[str, Any] = {"source": Chain.ETHEREUM, "ref": "0xout", "actor": "ada"}
+    told |= {"reason": "payouts on Base", "now": bench.clock.now()} | said
     async with transaction(bench.engine) as conn:
         await treasury.rebalance(
             conn,
-            source=Chain.ETHEREUM,
             target=Chain.BASE,
             arrived=arrived,
             amount=Micro(usdc * 10**6),
@@ -277,6 +278,8 @@ async def test_a_rebalance_books_what_its_deposit_brought_and_never_what_waits_f
     for arrived, usdc in ((key, 100), (key, 97), (f"{waits.tx}:0", 4), ("0xnone:0", 98)):
         with pytest.raises(WrongState, match=r"brought|arrived"):
             await rebalance(bench, arrived, usdc)
+    with pytest.raises(WrongState, match="did not arrive"):
+        await rebalance(bench, key, 98, source=Chain.BASE)
     with pytest.raises(WrongState, match="has no"):
         await rebalance(bench, key, 98, fee=Micro(103 * 10**6))
     await rebalance(bench, key, 98)
@@ -305,6 +308,9 @@ async def test_a_deposit_is_either_the_treasurys_or_somebodys(bench: Bench) -> N
         (decided,) = (await conn.execute(select(deposit_decisions))).all()
     assert (decided.key, decided.decision, decided.actor) == ("0xours:0", "leave", "ada")
     assert decided.reason == "rebalance 0xout: payouts on Base"
+    async with transaction(bench.engine) as conn:
+        said = await explain_transaction(conn, Chain.BASE, "0xours", deposit_micro_min=5_000_000)
+    assert [one.verdict for one in said] == ["decided", "case", "decision"]
     await final(bench, watcher, bench.pays(ESCROW, 100, tx="0xbobs"))
     give = {"actor": "cleo", "reason": "he wrote to us", "now": bench.clock.now()}
     async with transaction(bench.engine) as conn:
