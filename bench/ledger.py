@@ -42,6 +42,7 @@ from marketplace.ledger.reconcile import prove
 from marketplace.ledger.usage import Selection, page
 from marketplace.platform import database
 from marketplace.platform.embedded_postgres import EmbeddedPostgres
+from marketplace.platform.garbage import collect_rarely
 
 QUICK: Final = "--quick"
 ROWS: Final = int(os.environ.get("TOLLWAY_BENCH_ROWS", "300000" if QUICK in sys.argv else "10000000"))
@@ -130,6 +131,7 @@ def _nothing_held(hold: object, cost: object) -> None:
 async def _posting(url: str) -> AsyncIterator[Poster]:
     engine = database.connect(url, pool_size=3)
     async with Poster(engine, settle=_nothing_held, patience_s=60) as poster:
+        collect_rarely()  # as `tollway serve` does: a walk over all objects is a pause of 50 ms
         yield poster
     await engine.dispose()
 
@@ -168,6 +170,7 @@ async def _commits(server: EmbeddedPostgres, figures: dict[str, float | None]) -
             alone, together = (statistics.median(pair) for pair in zip(*rates, strict=True))
             say(f"{clients} clients: one per charge {alone:,.0f}/s, group commit {together:,.0f}/s")
         await _against_c(server, url, cast, revenue, grouped, figures)
+        await pool.execute("CHECKPOINT")  # what the rounds at full speed left to write is not this load's
         await _open_loop(poster, cast, figures)
     await pool.close()
 
@@ -268,9 +271,22 @@ async def _work(url: str) -> None:
 
 
 async def _open_loop(
-    poster: Poster, cast: Cast, figures: dict[str, float | None], rate: int = 2_000, seconds: float = 6.0
+    poster: Poster, cast: Cast, figures: dict[str, float | None], rate: int = 2_000, seconds: float = 4.0
 ) -> None:
-    """Arrivals at a fixed rate, exponential gaps: from arrival to durable."""
+    """Arrivals at a fixed rate, exponential gaps: from arrival to durable; the middle of several rounds."""
+    rounds = sorted([await _arrivals(poster, cast, rate, seconds) for _ in range(ROUNDS)])
+    p99_ms, p50_ms = rounds[len(rounds) // 2]
+    figures["p99_ms_at_2000"] = round(p99_ms, 2)
+    figures["fdatasync_ms"] = round(fdatasync_ms(HOME), 3)
+    say(
+        f"{rate}/s: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, in the worst of {ROUNDS} rounds "
+        f"{rounds[-1][0]:.1f} ms"
+    )
+    say(f"fdatasync {figures['fdatasync_ms']} ms")
+
+
+async def _arrivals(poster: Poster, cast: Cast, rate: int, seconds: float) -> tuple[float, float]:
+    """(p99, p50) in milliseconds."""
     taken: list[float] = []
 
     async def one(arrived: float) -> None:
@@ -285,10 +301,7 @@ async def _open_loop(
             if wait > 0:
                 await asyncio.sleep(wait)
             tasks.create_task(one(due))
-    figures["p99_ms_at_2000"] = round(percentile(taken, 99), 2)
-    figures["fdatasync_ms"] = round(fdatasync_ms(HOME), 3)
-    say(f"{rate}/s: p50 {percentile(taken, 50):.1f} ms, p99 {figures['p99_ms_at_2000']} ms")
-    say(f"fdatasync {figures['fdatasync_ms']} ms")
+    return percentile(taken, 99), percentile(taken, 50)
 
 
 # ---- authorising
@@ -376,11 +389,12 @@ async def _leases(figures: dict[str, float | None]) -> None:
             say(f"lease {_lease_rate():,.0f}/s a core")
             return
         bare = await _redis_rate(*server)
+        through = "redis-py" if await _redis_py_rate(*server) else "a bare client (no python3-redis here)"
         pairs = [(_lease_rate(), await _redis_py_rate(*server) or bare) for _ in range(ROUNDS)]
     figures["lease_vs_redis"] = round(statistics.median(one / other for one, other in pairs), 1)
     lease, peer = (statistics.median(rates) for rates in zip(*pairs, strict=True))
     say(
-        f"authorise and settle: lease {lease:,.0f}/s a core; Redis {peer:,.0f}/s a core through redis-py, "
+        f"authorise and settle: lease {lease:,.0f}/s a core; Redis {peer:,.0f}/s a core through {through}, "
         f"{bare:,.0f}/s through a bare client; client and server counted"
     )
 
