@@ -45,7 +45,7 @@ async def test_killed_vllm_fails_its_requests_at_once_and_comes_back(gateway: Ga
         asyncio.create_task(gateway.chat(stream=True, max_tokens=900, temperature=0, ignore_eos=True))
         for _ in range(3)
     ]
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(0.2)  # a fast machine writes all of it in a second
     os.kill(before, signal.SIGKILL)
     async with asyncio.timeout(20):
         answers = await asyncio.gather(*running)
@@ -70,7 +70,7 @@ async def ask(url, node, request_id):
     client = await nats.connect(url)
     inbox = client.new_inbox()
     replies = await client.subscribe(inbox)
-    body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "n": 8, "ignore_eos": true}'
+    body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "n": 128, "ignore_eos": true}'
     request = protocol.Request(1, request_id, "tiny", body, sys.argv[4] == "stream", 60_000, credit=100_000)
     await client.publish(protocol.request_subject(node), protocol.encode(request), reply=inbox)
     await replies.next_msg(30)
@@ -83,7 +83,7 @@ asyncio.run(ask(*sys.argv[1:4]))
 
 @contextlib.asynccontextmanager
 async def asking(stack: Stack, request_id: str, how: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A gateway's process with a long answer under way: eight choices of 900 tokens."""
+    """A gateway's process with a long answer under way: 128 choices of 900 tokens, 16 at once."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", ASKING, stack.nats_url, NODE, request_id, how,
         cwd=ROOT, stdout=asyncio.subprocess.PIPE,
@@ -113,7 +113,7 @@ async def test_a_killed_gateway_leaves_vllm_idle(gateway: Gateway, stack: Stack,
         process.kill()
     entry = await outcome_of(stack, f"killed-{how}")
     assert entry.outcome == protocol.FailureCode.CANCELLED
-    assert (entry.completion_tokens or 0) < 8 * 900
+    assert (entry.completion_tokens or 0) < 128 * 900
     async with asyncio.timeout(20):
         while (await gateway.status()).models[0].running:
             pass
