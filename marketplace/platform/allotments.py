@@ -14,7 +14,9 @@ than asked by the life of a part (at most 1 s on a minute, 10 s on a day) and a 
 
 A window of 0 limits what is held at once (parallel requests): units are handed out for ten seconds and
 renewed while they are held, so those of a killed process come back by themselves.  What is held is counted
-whatever the ceiling is now: after it was lowered, nobody gets more until enough was given back.
+whatever the ceiling is now: after it was lowered, nobody gets more until enough was given back.  (Two things
+it does not survive: a database that is away for longer than a part lasts, and one that dies with the last
+fraction of a second of its commits, which do not wait for the disk.)
 
 AllotmentsUnavailable    the database had to be asked and gave no answer
 """
@@ -32,7 +34,7 @@ from typing import Final, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from marketplace.platform.own_session import FAULTS, OwnSession
+from marketplace.platform.own_session import FAULTS, NeverSent, OwnSession
 
 _log = logging.getLogger(__name__)
 
@@ -126,6 +128,8 @@ class _Counter:
     reset_at: float = 0.0
     refused_until: float = 0.0
     refused_units: int = 0
+    is_over: bool = False
+    """More is held over all processes than the ceiling allows now: nothing given back is used again."""
     is_asked: bool = False
     used_at: float = 0.0
 
@@ -147,6 +151,7 @@ class _Asked(NamedTuple):
     waiters: int = 0
     """How many waiters are asked for, the first ones; who came later waits for the next answer."""
     is_return: bool = False
+    ceiling: int = 0
 
 
 class Allotments:
@@ -174,9 +179,11 @@ class Allotments:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         for counter in self._counters.values():
-            counter.held = 0
             for part in counter.parts:
                 part.until = 0.0
+                if counter.is_held:
+                    self._return(counter, part, counter.held + part.left + part.given_up)
+            counter.held = 0
             self._drop_expired(counter, self._monotonic())
         with contextlib.suppress(AllotmentsUnavailable):
             await self._ask([])
@@ -190,10 +197,10 @@ class Allotments:
         if counter is None:
             counter = self._counters[(subject, ceiling.rule)] = _Counter(subject, ceiling)
         now = counter.used_at = self._monotonic()
-        if ceiling.units < counter.ceiling.units and not counter.is_held:
-            for part in counter.parts:  # taken under the ceiling of before
-                part.until = now
+        is_lowered = ceiling.units < counter.ceiling.units
         counter.ceiling, counter.usual = ceiling, units
+        if is_lowered:
+            self._lower(counter, now)
         grant = self._take_from_parts(counter, units, now)
         if (
             grant is not None
@@ -232,7 +239,9 @@ class Allotments:
         counter = grant.counter
         if counter.is_held:
             counter.held -= units
-            if counter.parts:
+            if counter.parts and counter.is_over:
+                counter.parts[-1].given_up += units
+            elif counter.parts:
                 counter.parts[-1].left += units
             return
         now = self._monotonic()
@@ -251,6 +260,23 @@ class Allotments:
         wait_s = ceil(max(0.0, counter.reset_at - self._monotonic()))
         return max(0, min(counter.left(), ceiling.units)), max(1, wait_s)
 
+    def _lower(self, counter: _Counter, now: float) -> None:
+        """What was taken under the ceiling of before is not used any more."""
+        if not counter.is_held:
+            for part in counter.parts:
+                part.until = now
+            return
+        for part in counter.parts:
+            part.given_up, part.left = part.given_up + part.left, 0
+        counter.is_over = True  # unless the database says otherwise
+        if counter.parts and not counter.is_asked:
+            self._want(counter)
+
+    def _return(self, counter: _Counter, part: _Part, units: int) -> None:
+        if units > 0:
+            key = (counter, part.mark)
+            self._returned[key] = self._returned.get(key, 0) + units
+
     def _take_from_parts(self, counter: _Counter, units: int, now: float) -> Grant | None:
         if counter.parts and counter.parts[0].until <= now:
             self._drop_expired(counter, now)
@@ -268,9 +294,8 @@ class Allotments:
         for part in counter.parts:
             if part.until > now:
                 kept.append(part)
-            elif part.left and not counter.is_held:
-                key = (counter, part.mark)
-                self._returned[key] = self._returned.get(key, 0) + part.left
+            elif not counter.is_held:
+                self._return(counter, part, part.left)
         counter.parts = kept
 
     # ---- asking the database
@@ -305,6 +330,9 @@ class Allotments:
             async with asyncio.timeout(ASK_S_MAX):
                 rows = await self._session.fetch(_TAKE, *_arrays(asked))
         except FAULTS as e:
+            if isinstance(e, NeverSent):  # given back twice, it would free what is others'
+                for key, units in returned.items():
+                    self._returned[key] = self._returned.get(key, 0) + units
             for ask in asked:
                 self._fail(ask, AllotmentsUnavailable(type(e).__name__))
             raise AllotmentsUnavailable(type(e).__name__) from e
@@ -326,12 +354,14 @@ class Allotments:
             part = counter.parts[0]
             # Until the answer no more is used than is asked for, less what those who wait are to get.  Not
             # undone by a fault, after which the database may have taken it back: the next ask gives it back.
-            kept = min(part.left, wanted - waiting) if part.until > self._monotonic() else 0
+            is_good = part.until > self._monotonic() and not counter.is_over
+            kept = min(part.left, wanted - waiting) if is_good else 0
             part.given_up += part.left - kept
             part.left = kept
             mark, units = part.mark, counter.held + part.left + part.given_up
             least += kept
-        return _Asked(counter, counter.held + wanted, least, mark, units, waiters)
+        want = counter.held + wanted
+        return _Asked(counter, want, least, mark, units, waiters, ceiling=ceiling.units)
 
     def _granted(
         self, ask: _Asked, granted: int, remaining: int, mark: int, reset_ms: int, began: float
@@ -342,14 +372,17 @@ class Allotments:
         counter.reset_at = began + reset_ms / 1000
         until = began + counter.ceiling.life_ms / 1000
         if counter.is_held:
+            counter.is_over = remaining < 0
             if granted:
                 counter.parts = deque([_Part(mark, max(0, granted - counter.held), until)])
             elif ask.give_units:
                 counter.parts.clear()
         elif granted:
             counter.parts.append(_Part(mark, granted, until))
-        waiters, counter.waiters = counter.waiters, []
         now = self._monotonic()
+        if counter.is_held and counter.ceiling.units < ask.ceiling:  # lowered meanwhile
+            self._lower(counter, now)
+        waiters, counter.waiters = counter.waiters, []
         for place, waiter in enumerate(waiters):
             if waiter.future.done():
                 continue
@@ -404,6 +437,8 @@ class Allotments:
                 _log.warning("allotments wait: %s", type(e).__name__)
 
     def _keep_one(self, key: tuple[str, str], counter: _Counter, now: float) -> None:
+        if counter.is_held and not counter.is_asked and not counter.waiters:
+            self._give_up_idle(counter)
         if counter.is_held and counter.held:
             if not counter.is_asked and (
                 not counter.parts or counter.parts[0].until - now < counter.ceiling.life_ms / 1500
@@ -413,6 +448,15 @@ class Allotments:
         self._drop_expired(counter, now)
         if now - counter.used_at > IDLE_S and not counter.parts and not counter.waiters and not counter.held:
             del self._counters[key]
+
+    def _give_up_idle(self, counter: _Counter) -> None:
+        """Let others have what is not used here; while something is held, more of it may be needed soon."""
+        for part in counter.parts:
+            spare = counter.ceiling.units // PARTS
+            idle = 0 if counter.held else max(0, part.left - spare)
+            part.left -= idle
+            self._return(counter, part, idle + part.given_up)
+            part.given_up = 0
 
     def _cools(self, counter: _Counter, now: float) -> bool:
         """Its next request would have to wait for the database, and is likely to come."""

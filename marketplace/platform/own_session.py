@@ -25,6 +25,11 @@ FAULTS: Final = (
     SQLAlchemyError,
 )
 """What a statement may raise; the session is then closed, and the next statement opens another."""
+CONNECT_S_MAX: Final = 1.5
+
+
+class NeverSent(ConnectionError):
+    """There is no session: the statement has certainly not been run."""
 
 
 class OwnSession:
@@ -37,10 +42,10 @@ class OwnSession:
         self._turn = asyncio.Lock()
 
     async def fetch(self, statement: str, *values: object) -> Sequence[asyncpg.Record]:
-        """Run a statement and give its rows; raises FAULTS."""
+        """Run a statement and give its rows; raises FAULTS, NeverSent among them."""
         async with self._turn:
             try:
-                driver = self._driver or await self._connect()
+                driver = self._driver or await self._connect_soon()
                 return await driver.fetch(statement, *values)
             except BaseException:  # cancelled, too: nobody reads the rest of the answer
                 await self._disconnect()
@@ -49,6 +54,13 @@ class OwnSession:
     async def close(self) -> None:
         async with self._turn:
             await self._disconnect()
+
+    async def _connect_soon(self) -> asyncpg.Connection[asyncpg.Record]:
+        try:
+            async with asyncio.timeout(CONNECT_S_MAX):
+                return await self._connect()
+        except FAULTS as e:
+            raise NeverSent(f"{type(e).__name__}: {e}") from e
 
     async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
         self._connection = await self._engine.connect()

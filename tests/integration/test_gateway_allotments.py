@@ -22,6 +22,7 @@ from marketplace.platform.allotments import (
     Grant,
     Refused,
 )
+from marketplace.platform.own_session import OwnSession
 
 PARALLEL = Ceiling("parallel", 64, 0)
 HELD_MS = 4_000
@@ -269,6 +270,92 @@ async def test_a_lowered_ceiling_counts_what_is_held(
                 while not isinstance(await third.take("ann", after), Grant):
                     await asyncio.sleep(0.1)
         assert isinstance(await third.take("ann", after), Refused)
+
+
+async def test_a_lowered_ceiling_holds_for_what_was_at_hand_before(engine: AsyncEngine) -> None:
+    before, after = Ceiling("parallel", 64, 0), Ceiling("parallel", 4, 0)
+    async with processes(engine, 3) as running:
+        for process in running:
+            grants = [await process.take("ann", before) for _ in range(8)]
+            for grant in grants[1:]:
+                assert isinstance(grant, Grant)
+                process.give_back(grant, 1)
+        assert all(sum(part.left for part in _held(process).parts) for process in running)
+        held, until = 3, time.monotonic() + 3
+        while time.monotonic() < until:
+            for process in running:
+                held += isinstance(await process.take("ann", after), Grant)
+            await asyncio.sleep(0.05)
+        assert held == 4
+
+
+async def test_a_busy_buyer_comes_down_to_a_lowered_ceiling(engine: AsyncEngine) -> None:
+    before, after = Ceiling("parallel", 16, 0), Ceiling("parallel", 8, 0)
+    async with processes(engine, 2) as running:
+        held = [(one, await one.take("ann", before)) for one in running for _ in range(7)]
+        assert all(isinstance(grant, Grant) for _, grant in held)
+        async with asyncio.timeout(HELD_MS / 1000 + 10):
+            while len(held) > 8:
+                process, grant = held.pop(0)
+                assert isinstance(grant, Grant)
+                process.give_back(grant, 1)
+                taken = await process.take("ann", after)
+                held += [(process, taken)] if isinstance(taken, Grant) else []
+                await asyncio.sleep(0.02)
+        for _ in range(200):  # and stays there
+            if len(held) == 8:
+                process, grant = held.pop(0)
+                assert isinstance(grant, Grant)
+                process.give_back(grant, 1)
+            for process in running:
+                taken = await process.take("ann", after)
+                held += [(process, taken)] if isinstance(taken, Grant) else []
+            assert len(held) <= 8
+            await asyncio.sleep(0.02)
+
+
+async def test_what_nobody_holds_any_more_is_soon_anothers(engine: AsyncEngine) -> None:
+    ceiling = Ceiling("parallel", 1, 0)
+    async with processes(engine, 2) as (one, other):
+        grant = await one.take("ann", ceiling)
+        assert isinstance(grant, Grant)
+        assert isinstance(await other.take("ann", ceiling), Refused)
+        one.give_back(grant, 1)
+        async with asyncio.timeout(3):  # a part lasts ten seconds
+            while not isinstance(await other.take("ann", ceiling), Grant):
+                await asyncio.sleep(0.05)
+
+
+async def test_a_stopped_process_leaves_what_it_held_to_others(engine: AsyncEngine) -> None:
+    ceiling = Ceiling("parallel", 2, 0)
+    async with processes(engine, 1) as (other,):
+        stopped = Allotments(engine, time.monotonic)
+        await stopped.start()
+        for _ in range(2):
+            assert isinstance(await stopped.take("ann", ceiling), Grant)
+        await stopped.stop()
+        assert isinstance(await other.take("ann", ceiling), Grant)
+
+
+async def test_what_comes_back_while_the_database_cannot_be_reached_is_given_back_later(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ceiling = Ceiling("spend", 1_000, 86_400_000)
+    async with processes(engine, 1) as (one,):
+        grant = await one.take("ann", ceiling, 900)
+        assert isinstance(grant, Grant)
+        one._counters["ann", "spend"].parts.clear()  # its part has ended
+        await one._session.close()
+        monkeypatch.setattr(OwnSession, "_connect", refused)
+        one.give_back(grant, 850)
+        await asyncio.sleep(4 * allotments.KEEP_S)
+        monkeypatch.undo()
+        await asyncio.sleep(4 * allotments.KEEP_S)
+        assert await _units(engine, "ann") == 50
+
+
+async def refused(_: OwnSession) -> None:
+    raise ConnectionRefusedError("broken by the test")
 
 
 async def test_who_waits_for_one_to_be_held_loses_it_to_nobody_who_comes_later(engine: AsyncEngine) -> None:

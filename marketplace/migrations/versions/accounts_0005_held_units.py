@@ -18,7 +18,8 @@ branch_labels = None
 depends_on = None
 
 # Each row: first gives back, then takes up to its want, or nothing if less than its least is left; what is
-# held at once (a window of 0) gets its least in any case, which is what it holds already.
+# held at once (a window of 0) gets its least in any case, which is what it holds already; `remaining` is
+# then below zero where that is more than the ceiling.
 # `reset_ms`: until enough has come back for the least; where something was given, until the first does.
 TAKE: Final = """
     CREATE OR REPLACE FUNCTION take_allotments(
@@ -69,7 +70,7 @@ TAKE: Final = """
             UPDATE allotments a SET marks = new_marks, units = new_units, touched_at = now()
                 WHERE a.subject = subjects[i] AND a.rule = rules[i];
             place := i;
-            remaining := greatest(0, ceilings[i] - used - granted);
+            remaining := ceilings[i] - used - granted;
             reset_ms := greatest(0, coalesce(reset_ms, windows[i]));
             RETURN NEXT;
         END LOOP;
