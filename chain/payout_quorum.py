@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
 
 from chain.errors import ChainError, RpcUnavailable
 from chain.ports import Landed
@@ -17,48 +18,93 @@ from chain.quorum import default_agreement
 
 T = TypeVar("T")
 
+ANSWER_S_MAX: Final = 180
+"""A provider may look through two weeks of logs (`evm.payouts.SEARCH_BLOCKS_MAX`), 140 questions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one provider sees of a batch."""
+
+    is_past: bool
+    """Its finality is past the batch's fence: only then it can know that nothing landed."""
+    landed: Landed | None
+
 
 async def is_spent(asked: Sequence[Awaitable[bool]]) -> bool:
-    """Tell whether more than half of the providers call a fence spent.
+    """Tell whether more than half of all providers call a fence spent.
 
-    RpcUnavailable while too few answer, or too few agree because finality is just moving.
+    A false *no* costs only that the same bytes are sent again.  Raises what one of them failed with if none
+    of them answers.
     """
-    said = await _said(asked)
     needed = default_agreement(len(asked))
-    if sum(said) >= needed:
-        return True
-    if len(said) - sum(said) >= needed:
-        return False
-    raise RpcUnavailable(f"{sum(said)} of {len(said)} providers call the fence spent, {needed} are needed")
+    said, failures = await _collect(asked, lambda answers: sum(answers) >= needed)
+    if not said:
+        raise failures[0]
+    return sum(said) >= needed
 
 
-async def landed(asked: Sequence[Awaitable[Landed | None]]) -> Landed | None:
+async def landed(asked: Sequence[Awaitable[Sight]]) -> Landed | None:
     """Give the execution that more than half of the providers saw.
 
-    None only if more than half saw none *and nobody saw one*; RpcUnavailable otherwise.
+    None only if *every one* answers, saw none, and they stand on one side of the fence: who does not answer
+    may be the one that saw it.  RpcUnavailable otherwise; what a single one failed with if none answers.
     """
-    said = await _said(asked)
     needed = default_agreement(len(asked))
-    most, votes = Counter(said).most_common(1)[0]
-    if votes >= needed and (most is not None or votes == len(said)):
+
+    def votes(said: Sequence[Sight]) -> tuple[Landed | None, int]:
+        seen = Counter(sight.landed for sight in said if sight.landed is not None)
+        return seen.most_common(1)[0] if seen else (None, 0)
+
+    said, failures = await _collect(asked, lambda answers: votes(answers)[1] >= needed)
+    most, count = votes(said)
+    if count >= needed:
         return most
-    seen = len(said) - said.count(None)
+    if not said:
+        raise failures[0]
+    if not failures and most is None and len({sight.is_past for sight in said}) == 1:
+        return None
+    seen = sum(sight.landed is not None for sight in said)
     raise RpcUnavailable(
-        f"{seen} of {len(said)} providers saw the batch land, all must or {needed} the same way"
+        f"{seen} of {len(asked)} providers saw the batch land; {needed} must have seen the same, or all "
+        f"be past its fence and none ({len(failures)} do not answer)"
     )
 
 
-async def _said(asked: Sequence[Awaitable[T]]) -> list[T]:
-    if len(asked) == 1:
-        return [await asked[0]]
-    answers = await asyncio.gather(*asked, return_exceptions=True)
-    for answer in answers:
-        if isinstance(answer, BaseException) and not isinstance(answer, ChainError):
-            raise answer
-    failures = [answer for answer in answers if isinstance(answer, ChainError)]
-    said = [answer for answer in answers if not isinstance(answer, BaseException)]
-    if not said:
+async def sent(tried: Sequence[Awaitable[None]]) -> None:
+    """Give bytes to all providers; whatever any of them takes is sent.  Raises the first one's error."""
+    said = await asyncio.gather(*(_in_time(one) for one in tried))
+    failures = [answer for answer in said if isinstance(answer, ChainError)]
+    if len(failures) == len(said):
         raise failures[0]
-    if len(said) < default_agreement(len(asked)):
-        raise RpcUnavailable(f"{len(said)} of {len(asked)} providers answer: {failures[0]}")
-    return said
+
+
+async def _collect(
+    asked: Sequence[Awaitable[T]], is_enough: Callable[[Sequence[T]], bool]
+) -> tuple[list[T], list[ChainError]]:
+    """Answers and failures, until there are enough answers or all are in."""
+    tasks = [asyncio.ensure_future(_in_time(one)) for one in asked]
+    waiting, said, failures = set(tasks), list[T](), list[ChainError]()
+    try:
+        while waiting and not is_enough(said):
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for answer in (task.result() for task in done):
+                if isinstance(answer, ChainError):
+                    failures.append(answer)
+                else:
+                    said.append(answer)
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    return said, failures
+
+
+async def _in_time(asked: Awaitable[T]) -> T | ChainError:
+    try:
+        async with asyncio.timeout(ANSWER_S_MAX):
+            return await asked
+    except ChainError as e:
+        return e
+    except TimeoutError:
+        return RpcUnavailable(f"no answer within {ANSWER_S_MAX} s")

@@ -6,7 +6,7 @@ Adapters in `chain.evm` and `chain.solana` implement them; watchers and the sett
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -224,6 +224,10 @@ class PayoutRail(Protocol):
 
     def rebuild(self, lines: Sequence[PayoutLine], fence: str, context: dict[str, str]) -> Unsigned:
         """Rebuild, without I/O, what must be signed.  Signers and the settler compare it to the export."""
+        ...
+
+    def require_ours(self, context: Mapping[str, str]) -> None:
+        """Raise ChainBroken where a batch with this context was frozen for another escrow or fence."""
         ...
 
     def verify(self, unsigned: Unsigned, approval: Approval) -> None:

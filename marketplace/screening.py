@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Final
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -19,17 +18,15 @@ from marketplace.platform.clock import Clock
 from marketplace.platform.database import transaction
 from marketplace.settlement import sanctions
 
-ACTOR: Final = "sanctions list"
 
-
-async def refresh(engine: AsyncEngine, clock: Clock, file: Path) -> int:
-    """Put a list in force for payout addresses and for senders of deposits; gives how many it names.
+async def refresh(engine: AsyncEngine, clock: Clock, file: Path) -> sanctions.AddressList:
+    """Put a list in force for payout addresses and for senders of deposits; gives what it names.
 
     sanctions.BadList leaves both lists as they were.
     """
-    addresses = await asyncio.to_thread(sanctions.read_list, file)
-    await _replace(engine, clock, addresses, source=file.name)
-    return len(addresses)
+    found = await asyncio.to_thread(sanctions.read_list, file)
+    await _replace(engine, clock, found.addresses, source=file.name)
+    return found
 
 
 async def empty(engine: AsyncEngine, clock: Clock) -> None:
@@ -42,8 +39,8 @@ async def _replace(engine: AsyncEngine, clock: Clock, addresses: frozenset[str],
     async with transaction(engine) as conn:
         await sanctions.refresh(conn, addresses, source=source, now=now)
         t = screened_senders.c
-        before = set(await conn.scalars(select(t.address).where(t.added_by == ACTOR)))
+        before = set(await conn.scalars(select(t.address).where(t.added_by == decisions.LIST)))
         for address in sorted(before - senders):
-            await decisions.unscreen_sender(conn, address, actor=ACTOR, reason=source, now=now)
+            await decisions.unscreen_sender(conn, address, actor=decisions.LIST, reason=source, now=now)
         for address in sorted(senders - before):
-            await decisions.screen_sender(conn, address, actor=ACTOR, reason=source, now=now)
+            await decisions.screen_sender(conn, address, actor=decisions.LIST, reason=source, now=now)

@@ -68,7 +68,7 @@ class Abi:
 def _decode(types: Sequence[str], data: bytes, what: str) -> tuple[Any, ...]:
     try:
         return tuple(abi_decode(types, data))
-    except (DecodingError, OverflowError) as e:
+    except (DecodingError, OverflowError, UnicodeDecodeError) as e:
         raise Malformed(f"{what}: {len(data)} bytes do not decode: {e}") from e
 
 

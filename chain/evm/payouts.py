@@ -8,7 +8,7 @@ his own, and ours would then revert although the payees were paid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +17,7 @@ from eth_account.typed_transactions.typed_transaction import TypedTransaction
 from hexbytes import HexBytes
 
 from chain import payout_quorum
-from chain.errors import ChainBroken, ChainRefusal, Malformed, Reverted
+from chain.errors import ChainBroken, ChainRefusal, Malformed, Reverted, WrongChain
 from chain.evm import abi, gas
 from chain.evm.addresses import parse_address, parse_payable
 from chain.evm.reader import RawLog
@@ -25,6 +25,7 @@ from chain.evm.rpc import BATCH_MAX, Call, JsonRpc, data, quantity
 from chain.evm.safe import MULTI_SEND_CALL_ONLY, BatchTransaction, batch_transaction, from_calldata
 from chain.evm.signatures import recover
 from chain.networks import SAFE_VERSION_MIN, Chain, EvmNetwork
+from chain.payout_quorum import Sight
 from chain.ports import Approval, Landed, PayoutLine, SignedTransaction, Unsigned
 
 LINES_MAX: Final = 300
@@ -151,6 +152,8 @@ class SafeRail:
         self._gas_payer = gas_payer
         self._is_checked = False
         """Whether this process has seen the Safe as configured; nothing is sent before."""
+        self._on_our_network: set[int] = set()
+        """Providers (their objects' ids) that were asked for their chain id."""
 
     async def prepare(self, lines: Sequence[PayoutLine]) -> Unsigned:
         """Dry-run every payment from the Safe and freeze what will be signed.
@@ -216,10 +219,15 @@ class SafeRail:
         return None if outer is None else SignedTransaction(outer.raw, outer.tx, signed.fence)
 
     async def broadcast(self, signed: SignedTransaction) -> None:
-        """Send the same bytes; see `gas.broadcast` for what it raises, besides WrongSafe."""
+        """Send the same bytes to all providers; see `gas.broadcast` for what it raises, besides WrongSafe."""
         if not self._is_checked:  # bytes on record from before a restart
             await self.check_escrow()
-        await gas.broadcast(self._rpc, signed.raw, signed.tx)
+        await payout_quorum.sent([gas.broadcast(rpc, signed.raw, signed.tx) for rpc in self._providers])
+
+    def require_ours(self, context: Mapping[str, str]) -> None:
+        """Raise WrongSafe where a batch was frozen for another Safe: its fence is that one's nonce."""
+        if context.get("safe") != self.terms.safe:
+            raise WrongSafe(f"the batch is of Safe {context.get('safe')}, configured is {self.terms.safe}")
 
     async def check_escrow(self) -> None:
         """Raise WrongSafe unless the Safe on chain is young enough and obeys whom our settings name (A36)."""
@@ -249,17 +257,28 @@ class SafeRail:
         reverted is no fact about the batch, whose signatures stay usable until the fence is spent.
         """
         digest = "0x" + self._payload(signed).digest().hex()
-        return await payout_quorum.landed([self._landed(rpc, signed, digest) for rpc in self._providers])
+        return await payout_quorum.landed([self._sight(rpc, signed, digest) for rpc in self._providers])
 
-    async def _landed(self, rpc: JsonRpc, signed: SignedTransaction, digest: str) -> Landed | None:
+    async def _sight(self, rpc: JsonRpc, signed: SignedTransaction, digest: str) -> Sight:
+        await self._require_network(rpc)
         final, nonce = await self._final(rpc)
         if nonce <= int(signed.fence):
-            return None
+            return Sight(is_past=False, landed=None)
         by_ours = await self._by_receipt(rpc, signed.tx, digest, final)
-        return by_ours or await self._by_search(rpc, digest, final)
+        return Sight(is_past=True, landed=by_ours or await self._by_search(rpc, digest, final))
 
     async def _is_past(self, rpc: JsonRpc, nonce: int) -> bool:
+        await self._require_network(rpc)
         return await self._nonce_at(rpc, "finalized") > nonce
+
+    async def _require_network(self, rpc: JsonRpc) -> None:
+        """WrongChain for a provider of another network, where a Safe may have the same address."""
+        if id(rpc) in self._on_our_network:
+            return
+        chain_id = quantity(await rpc.call("eth_chainId", shape=str))
+        if chain_id != self.terms.network.chain_id:
+            raise WrongChain(f"a provider serves chain id {chain_id}, not that of {self.chain}")
+        self._on_our_network.add(id(rpc))
 
     async def _refusals(self, lines: Sequence[PayoutLine]) -> dict[str, str]:
         """Why the token would not pay, by payout id: the blacklist, then each transfer on its own."""

@@ -87,7 +87,7 @@ def decode(raw: bytes, shape: type[T], what: str) -> T:
     """Decode JSON of this shape; Malformed else."""
     try:
         return msgspec.json.decode(raw, type=shape)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise Malformed(f"{what}: {e}") from e
 
 
@@ -151,7 +151,7 @@ class JsonRpc:
         received = await self._post(msgspec.json.encode(body if len(body) > 1 else body[0]))
         try:
             decoded = _RESPONSES.decode(received)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
             raise Malformed(f"{self.url} does not answer in JSON-RPC: {e}") from e
         if isinstance(decoded, _Response):
             if len(calls) > 1 and decoded.error is not None:

@@ -23,6 +23,7 @@ from solders.transaction import VersionedTransaction
 from chain import payout_quorum
 from chain.errors import ChainError, Malformed, Reverted, RpcUnavailable, UnknownResult, WrongChain
 from chain.networks import Chain
+from chain.payout_quorum import Sight
 from chain.ports import Approval, Landed, PayoutLine, SignedTransaction, Sweep, Unsigned
 from chain.solana import escrow as consent
 from chain.solana import programs, tables
@@ -123,7 +124,7 @@ class MultisigRail:
         contents = consent.table_contents(self.terms, lines)
         table = await tables.make(self._rpc, self._gas_key, contents)
         try:
-            await tables.agreed(self._providers, table, contents)
+            await tables.agreed_soon(self._providers, table, contents)
             terms = replace(self.terms, lookup_tables=((table, contents),))
             unsigned = consent.build(terms, consent.PAYOUT, lines, fence)
             await self._dry_run(unsigned)
@@ -146,6 +147,13 @@ class MultisigRail:
         unsigned = consent.build(self.terms, consent.SWEEP, lines_of(moves), await self._settled_fence())
         await self._dry_run(unsigned)
         return unsigned
+
+    def require_ours(self, context: Mapping[str, str]) -> None:
+        """Raise WrongChain where a batch was frozen on another nonce account or for another escrow."""
+        for name in ("nonce_account", "multisig", "escrow"):
+            if context.get(name) != getattr(self.terms, name):
+                ours = getattr(self.terms, name)
+                raise WrongChain(f"the batch's {name} is {context.get(name)}, configured is {ours}")
 
     async def check_escrow(self) -> None:
         """Raise WrongChain unless multisig, escrow account and nonce on chain are the configured ones."""
@@ -171,8 +179,10 @@ class MultisigRail:
         before it for the one after it.
         """
         final = await self._fence(self._rpc, FINALIZED)
-        seen_at = self._slot_floors[self._rpc]  # of a provider that is not there yet the fence looks spent
-        self._slot_floors = {rpc: max(floor, seen_at) for rpc, floor in self._slot_floors.items()}
+        # Of a provider that is not there yet the fence would look spent.
+        others = [self._is_past(rpc, final) for rpc in self._providers[1:]]
+        if others and await payout_quorum.is_spent([_already(False), *others]):
+            raise RpcUnavailable("other providers show another value of the nonce: ask again in some seconds")
         newest = await self._fence(self._rpc, CONFIRMED)
         if final != newest:
             raise RpcUnavailable("the nonce was just used and is not final yet: ask again in some seconds")
@@ -280,10 +290,13 @@ class MultisigRail:
         their fence is spent (an escrow too empty today may be full tomorrow), so a refusal is no proof of
         anything.  Ask `landed` and `is_fence_spent`; `spend_fence` ends a batch for good.
         """
+        await payout_quorum.sent([self._send(rpc, signed) for rpc in self._providers])
+
+    async def _send(self, rpc: SolanaRpc, signed: SignedTransaction) -> None:
         try:
-            await self._rpc.send(signed.raw)
+            await rpc.send(signed.raw)
         except (RpcUnavailable, Malformed) as e:
-            if isinstance(e, NodeError) and await self._is_known(signed.tx):
+            if isinstance(e, NodeError) and await _is_known(rpc, signed.tx):
                 return
             why = reason(e) if isinstance(e, NodeError) else str(e)
             raise UnknownResult(f"{signed.tx}: {why}") from e
@@ -300,20 +313,18 @@ class MultisigRail:
         advance = programs.advance_nonce(Pubkey.from_string(self.terms.nonce_account), gas)
         await send_and_confirm(self._rpc, [advance], [self._gas_key])
 
-    async def _is_known(self, tx: str) -> bool:
-        try:
-            return await self._rpc.status(tx) is not None
-        except (RpcUnavailable, Malformed):
-            return False
-
     async def landed(self, signed: SignedTransaction) -> Landed | None:
         """The transaction at `finalized` (perhaps failed), or None, as `payout_quorum.landed` says."""
-        return await payout_quorum.landed([_landed(rpc, signed.tx) for rpc in self._providers])
+        return await payout_quorum.landed([self._sight(rpc, signed) for rpc in self._providers])
 
     async def is_fence_spent(self, fence: str) -> bool:
         """Tell whether the nonce's finalized value is no longer `fence` (`payout_quorum.is_spent`)."""
         Hash.from_string(fence)
         return await payout_quorum.is_spent([self._is_past(rpc, fence) for rpc in self._providers])
+
+    async def _sight(self, rpc: SolanaRpc, signed: SignedTransaction) -> Sight:
+        is_past = await self._is_past(rpc, signed.fence)  # first: finality may move in between
+        return Sight(is_past, await _landed(rpc, signed.tx))
 
     async def _is_past(self, rpc: SolanaRpc, fence: str) -> bool:
         return await self._fence(rpc, FINALIZED) != fence
@@ -324,6 +335,17 @@ class MultisigRail:
             raise ValueError("not a sweep that succeeded")
         moved = tuple((line.to, line.amount) for line in unsigned.lines)
         return Sweep(landed.tx, landed.height, moved)
+
+
+async def _already(answer: bool) -> bool:
+    return answer
+
+
+async def _is_known(rpc: SolanaRpc, tx: str) -> bool:
+    try:
+        return await rpc.status(tx) is not None
+    except (RpcUnavailable, Malformed):
+        return False
 
 
 async def _landed(rpc: SolanaRpc, tx: str) -> Landed | None:

@@ -273,7 +273,7 @@ class SolanaReader:
         delta = _micros(before) - (_micros(after) if after is not None else 0)
         if delta > 0:
             outbound.append(
-                Departure(tx, f"{tx}:{account}", header.height, header.hash, account, Micro(delta))
+                Departure(tx, f"{tx}:{account}", header.height, header.hash, account, _micro(delta))
             )
         if after is None:
             changes.append(AccountChange("closed", tx, header.height, account, f"owner {before.owner}"))
@@ -296,7 +296,7 @@ class SolanaReader:
                 block_hash=header.hash,
                 to=after.owner,
                 sender=payer,
-                amount=Micro(delta),
+                amount=_micro(delta),
             )
             yield ForeignTransfer(after.mint, _UNSUPPORTED[after.mint], transfer)
 
@@ -321,7 +321,7 @@ class SolanaReader:
             block_hash=header.hash,
             to=to,
             sender=sender,
-            amount=Micro(delta),
+            amount=_micro(delta),
             references=tuple(k.pubkey for k in item.transaction.account_keys if watch.is_reference(k.pubkey)),
             also_sent=tuple(others),
         )
@@ -359,7 +359,7 @@ class SolanaReader:
         parsed = programs.token_account(state.owner, state.bytes())
         if parsed.mint != self._mint:
             raise Malformed(f"{address} holds {parsed.mint}, not USDC")
-        return Micro(parsed.amount)
+        return _micro(parsed.amount)
 
 
 def _block_options(details: str, commitment: str) -> dict[str, Any]:
@@ -388,11 +388,18 @@ def _signature(header: Header, item: _WithMeta) -> str:
     return item.transaction.signatures[0]
 
 
+def _micro(amount: int) -> Micro:
+    if amount > MICRO_MAX:
+        raise Malformed(f"{amount} micro-USDC is more than we can book")
+    return Micro(amount)
+
+
 def _micros(balance: _TokenBalance) -> int:
+    """What anybody's account in the transaction holds."""
     text = balance.ui_token_amount.amount
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
         raise Malformed(f"token amount {text[:40]!r}")
     amount = int(text)
-    if amount > MICRO_MAX:
+    if amount >= 2**64:
         raise Malformed(f"token amount {amount} is above any supply")
     return amount

@@ -177,7 +177,7 @@ class SolanaRpc:
             decoder = self._decoders[shape] = msgspec.json.Decoder(shape)
         try:
             return decoder.decode(raw)
-        except msgspec.MsgspecError as e:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             raise Malformed(f"{self.url}: {e}") from e
 
     async def _post(self, body: bytes) -> bytes:

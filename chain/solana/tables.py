@@ -93,8 +93,8 @@ async def make(rpc: SolanaRpc, gas_key: Keypair, addresses: Sequence[str]) -> st
 async def agreed(providers: Sequence[SolanaRpc], table: str, expected: Sequence[str]) -> int:
     """Require of the providers that final `table` begins with `expected`; gives how many said so.
 
-    More than half must answer, and nobody may say otherwise: TableMismatch where all who answer say the
-    same other thing, ProvidersDisagree where they differ, RpcUnavailable where too few answer.
+    More than half must say so, and nobody may say otherwise: TableMismatch where none who answers does,
+    ProvidersDisagree where they differ, RpcUnavailable where too few answer or have got so far.
     """
     answers = await asyncio.gather(*(_final(rpc, table) for rpc in providers), return_exceptions=True)
     for answer in answers:
@@ -104,11 +104,26 @@ async def agreed(providers: Sequence[SolanaRpc], table: str, expected: Sequence[
     if len(said) < len(providers) // 2 + 1:
         raise RpcUnavailable(f"{len(said)} of {len(providers)} providers say what is in lookup table {table}")
     right = sum(_begins(state, expected) for state in said)
-    if 0 < right < len(said):
-        raise ProvidersDisagree(f"{right} of {len(said)} providers confirm lookup table {table}")
+    behind = sum(_is_behind(state, expected) for state in said)
     if right == 0:
         raise TableMismatch(f"lookup table {table} does not hold what this batch's lines need")
+    if right + behind < len(said):
+        raise ProvidersDisagree(f"{right} of {len(said)} providers confirm lookup table {table}")
+    if right < len(providers) // 2 + 1:
+        raise RpcUnavailable(f"{right} of {len(providers)} providers have all of lookup table {table}")
     return right
+
+
+async def agreed_soon(providers: Sequence[SolanaRpc], table: str, expected: Sequence[str]) -> int:
+    """`agreed` of a table just made: some providers are a few slots behind."""
+    deadline = time.monotonic() + FINAL_S_MAX
+    while True:
+        try:
+            return await agreed(providers, table, expected)
+        except RpcUnavailable:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(POLL_S)
 
 
 async def retire(rpc: SolanaRpc, gas_key: Keypair, table: str) -> bool:
@@ -135,6 +150,13 @@ async def retire(rpc: SolanaRpc, gas_key: Keypair, table: str) -> bool:
 
 def _begins(state: LookupTable | None, expected: Sequence[str]) -> bool:
     return state is not None and state.is_active and state.addresses[: len(expected)] == tuple(expected)
+
+
+def _is_behind(state: LookupTable | None, expected: Sequence[str]) -> bool:
+    """Whether it is what the table was before its last entries came."""
+    if state is None:
+        return True
+    return len(state.addresses) < len(expected) and state.addresses == tuple(expected[: len(state.addresses)])
 
 
 async def _final(rpc: SolanaRpc, table: str) -> LookupTable | None:

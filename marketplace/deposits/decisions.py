@@ -36,6 +36,8 @@ from marketplace.ledger.money import from_micro
 from marketplace.ledger.posting import find_transfer
 
 CASES_MAX: Final = 100
+LIST: Final = "sanctions list"
+"""Who screens what a list names; a refresh of the list takes back only what is its own."""
 """A page, unless asked else."""
 _IS_FROZEN: Final = text("SELECT frozen_at IS NOT NULL FROM people WHERE id = :id")
 
@@ -138,8 +140,14 @@ async def open_cases(
 async def screen_sender(
     conn: AsyncConnection, address: str, *, actor: str, reason: str, now: datetime
 ) -> None:
-    """Set aside what this address sends from now on, until a person decides each time (A20)."""
+    """Set aside what this address sends from now on, until a person decides each time (A20).
+
+    A person's word outlives the list's: an address on the list becomes his.
+    """
     address = spelled(address)
+    if actor != LIST:
+        t = screened_senders.c
+        await conn.execute(delete(screened_senders).where(t.address == address, t.added_by == LIST))
     added = await conn.scalar(
         postgresql.insert(screened_senders)
         .values(address=address, reason=reason[:1000], added_by=actor, added_at=now)
@@ -153,15 +161,16 @@ async def screen_sender(
 async def unscreen_sender(
     conn: AsyncConnection, address: str, *, actor: str, reason: str, now: datetime
 ) -> None:
-    """Take an address off the list."""
+    """Take an address off the list; NoDecision if it is not on it."""
     address = spelled(address)
     taken = await conn.scalar(
         delete(screened_senders)
         .where(screened_senders.c.address == address)
         .returning(screened_senders.c.address)
     )
-    if taken is not None:
-        await _journal_screening(conn, address, "lift", actor, reason, now)
+    if taken is None:
+        raise NoDecision(f"{address} is not screened")
+    await _journal_screening(conn, address, "lift", actor, reason, now)
 
 
 def spelled(address: str) -> str:

@@ -123,4 +123,7 @@ def parse_amount(text: str) -> Micro | None:
     if not _AMOUNT.fullmatch(given):
         message = 'amount is a decimal number of USDC with at most 6 decimals, such as "25.00", or "all"'
         raise Refusal(400, "bad_amount", message, param="amount")
-    return parse_usdc(given)
+    try:
+        return parse_usdc(given)
+    except ValueError as e:
+        raise Refusal(400, "bad_amount", str(e), param="amount") from e

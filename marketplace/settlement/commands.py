@@ -83,7 +83,7 @@ def sign(
     """
     book = keystore.with_name(f"{keystore.name}.addresses")
     if recipients is None and book.exists():
-        recipients = sanctions.read_list(book)
+        recipients = sanctions.read_list(book).addresses
     export = signing.decode_export(_read(export_file))
     witnessed = None if witness_file is None else signing.decode_witness(_read(witness_file))
     memory = keystore.with_name(f"{keystore.name}.recipients")

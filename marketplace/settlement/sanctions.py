@@ -1,7 +1,8 @@
 """Addresses that nobody may pay: screened when one is added to an address book, and again at planning.
 
 The list comes from a file that somebody fetched and checked: one address a line, `#` starts a comment.  A
-refresh replaces the whole list, or nothing.  EVM addresses are compared without case.
+refresh replaces the whole list, or nothing.  EVM addresses are compared without case.  Published lists name
+other chains' addresses too: those are counted and left out, since they cannot be paid from here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -20,7 +21,11 @@ from marketplace.settlement.tables import sanctioned_addresses
 
 BYTES_MAX: Final = 16 * 1024 * 1024
 _ADDRESS: Final = re.compile(r"0[xX][0-9a-fA-F]{40}|(?!0[xX])[0-9a-zA-Z]{32,44}")
-"""As long as deposits' list of senders takes; other chains' are let pass, published lists name those too."""
+"""As long as deposits' list of senders takes."""
+_OF_ANOTHER_CHAIN: Final = re.compile(
+    r"(bc|ltc|addr|cosmos|zs|bitcoincash:)1?[0-9a-z]{20,120}|[1-9A-HJ-NP-Za-km-z]{25,31}|[0-9a-zA-Z]{62,120}"
+)
+"""Bech32 and the like, old Bitcoin, Monero: of a shape that no mistyped address of ours has."""
 ROWS_PER_STATEMENT: Final = 5_000
 
 
@@ -36,7 +41,14 @@ class Sanctioned(SettlementRefusal):
     code = "address_sanctioned"
 
 
-def read_list(path: Path) -> frozenset[str]:
+class AddressList(NamedTuple):
+    """What a file names."""
+
+    addresses: frozenset[str]
+    of_other_chains: int
+
+
+def read_list(path: Path) -> AddressList:
     """Read a list; BadList if it is empty, too large, or not one address a line; it names the line."""
     try:
         with path.open("rb") as file:
@@ -45,13 +57,17 @@ def read_list(path: Path) -> frozenset[str]:
     except (OSError, UnicodeDecodeError) as e:
         raise BadList(f"{path} cannot be read as a list of addresses: {e}") from e
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    found = frozenset(canonical(line) for line in lines if line)
-    if len(raw) > BYTES_MAX or not found:
-        raise BadList(f"{path} is empty or over {BYTES_MAX} bytes")
+    found = frozenset(canonical(line) for line in lines if _ADDRESS.fullmatch(line))
+    others = 0
     for number, line in enumerate(lines, 1):
-        if line and not _ADDRESS.fullmatch(line):
+        if not line or _ADDRESS.fullmatch(line):
+            continue
+        if not _OF_ANOTHER_CHAIN.fullmatch(line):
             raise BadList(f"{path}, line {number}: {line[:60]!r} is not an address")
-    return found
+        others += 1
+    if len(raw) > BYTES_MAX or not found:
+        raise BadList(f"{path} names no address that could be paid here, or is over {BYTES_MAX} bytes")
+    return AddressList(found, others)
 
 
 async def refresh(conn: AsyncConnection, addresses: frozenset[str], *, source: str, now: datetime) -> None:

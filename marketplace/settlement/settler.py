@@ -23,7 +23,7 @@ from sqlalchemy import func, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from chain.errors import ChainFault, ChainRefusal, Reverted, UnknownResult
+from chain.errors import ChainError, ChainFault, ChainRefusal, Reverted, UnknownResult
 from chain.networks import Chain
 from chain.payouts import GIVES_BACK, Fact, FenceSpent, Finalized, Payout, Sent, Signed
 from chain.payouts import Reverted as RevertedFact
@@ -141,6 +141,7 @@ class Settler:
             return False
 
     async def _step(self, batch: Batch, *, is_halted: bool) -> bool:
+        self._rail.require_ours(batch.context)
         if batch.status is Payout.PLANNED:
             return await self._look_while_waiting(batch)
         if batch.status is Payout.APPROVED:
@@ -318,20 +319,32 @@ class Settler:
         if not await self._rail.is_fence_spent(batch.fence):
             self._fence_seen_spent_at = None
             return _Outlook.OPEN
-        envelope, landed = await self._landed(envelopes)
+        try:
+            envelope, landed = await self._landed(envelopes)
+        except ChainError:  # somebody may have seen it land: patience begins anew
+            self._fence_seen_spent_at = None
+            raise
         if landed is None:
             return await self._expire_when_sure(batch)
         await self._book(batch, Finalized() if landed.is_success else RevertedFact(), envelope, landed)
         return _Outlook.OVER
 
     async def _landed(self, envelopes: Sequence[Broadcast]) -> tuple[Broadcast | None, Landed | None]:
+        """The newest first, which is the likeliest; one that cannot be asked for hides no other's landing."""
         failed: tuple[Broadcast | None, Landed | None] = (None, None)
-        for envelope in envelopes:
-            landed = await self._rail.landed(_signed(envelope))
+        unknown: ChainError | None = None
+        for envelope in reversed(envelopes):
+            try:
+                landed = await self._rail.landed(_signed(envelope))
+            except (ChainFault, ChainRefusal) as e:
+                unknown = e
+                continue
             if landed is not None and landed.is_success:
                 return envelope, landed
             if landed is not None:
                 failed = envelope, landed
+        if unknown is not None:
+            raise unknown
         return failed
 
     async def _expire_when_sure(self, batch: Batch) -> _Outlook:
@@ -353,6 +366,7 @@ class Settler:
             batch = await live_batch(conn, self.chain)
         if batch is None or batch.status not in (Payout.PLANNED, Payout.APPROVED):
             raise WrongState(f"no batch waits for signatures on {self.chain}")
+        self._rail.require_ours(batch.context)
         if not await self._rail.is_fence_spent(batch.fence):
             raise WrongState("the fence is not spent at finality: what was signed could still land")
         log.warning("batch expired by hand", batch=str(batch.id), actor=actor, reason=reason)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from chain.errors import ChainRefusal, Reverted, UnknownResult
+from chain.errors import ChainBroken, ChainRefusal, Reverted, UnknownResult
 from chain.networks import Chain
 from chain.ports import Approval, Landed, PayoutLine, SignedTransaction, Unsigned
 
@@ -91,6 +91,10 @@ class SimulatedRail:
         body = json.dumps([fence, *([line.payout_id, line.to, line.amount.n] for line in lines)])
         message = hashlib.sha256(body.encode()).digest()
         return Unsigned(self.chain, fence, tuple(lines), {LABEL: message}, dict(context))
+
+    def require_ours(self, context: Mapping[str, str]) -> None:
+        if context != {"escrow": self.escrow}:
+            raise ChainBroken("another escrow")
 
     def verify(self, unsigned: Unsigned, approval: Approval) -> None:
         if approval.signer not in self.signers or approval != self.approve(unsigned, approval.signer):

@@ -128,7 +128,8 @@ async def rebalance(
     fees → escrow:source; one forgotten is added by saying the rest again.  `ref` names the movement (the
     transaction that left, the purchase).  WrongState unless that deposit brought that much, and the source
     has it; KeyReused if it is booked in other words.  Halt the source chain's payouts between sending and
-    booking: until then, and for a fee not booked, its books say more than its escrow holds (S1 reports it).
+    booking: until then, and for a fee not booked, its books say more than its escrow holds, and S1 halts its
+    deposits.
     """
     if source == target:
         raise WrongState(f"what left the escrow on {target} did not arrive in it")

@@ -70,7 +70,8 @@ async def ask(url, node, request_id):
     client = await nats.connect(url)
     inbox = client.new_inbox()
     replies = await client.subscribe(inbox)
-    body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "n": 128, "ignore_eos": true}'
+    said = b'[{"role": "user", "content": "x"}]'
+    body = b'{"messages": %b, "max_tokens": 900, "n": 128, "ignore_eos": true}' % said
     request = protocol.Request(1, request_id, "tiny", body, sys.argv[4] == "stream", 60_000, credit=100_000)
     await client.publish(protocol.request_subject(node), protocol.encode(request), reply=inbox)
     await replies.next_msg(30)

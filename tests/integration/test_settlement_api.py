@@ -314,6 +314,14 @@ async def test_only_admins_plan_and_decide(office: Office) -> None:
     assert (await office.call("POST", "/payout-halts/moon", office.admin, {"reason": "x"})).status_code == 400
 
 
+@pytest.mark.parametrize("amount", ["9223372036.9", "999999999999"])
+async def test_more_than_the_book_can_hold_is_a_bad_amount(office: Office, amount: str) -> None:
+    ann = await office.desk.operator(50)
+    body = {"chain": "base", "address": WALLET, "amount": amount}
+    refused = await office.call("POST", "/withdrawals", ann, body, key="k")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "bad_amount")
+
+
 async def test_a47_no_admin_decides_about_himself(office: Office) -> None:
     ann = await office.desk.operator(50)
     office.signed_in.admins.add(ann)

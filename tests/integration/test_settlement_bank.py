@@ -13,7 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from chain.units import Micro
 from marketplace import screening
+from marketplace.deposits import decisions
 from marketplace.deposits.directory import _screened
+from marketplace.deposits.errors import NoDecision
 from marketplace.ledger import accounts as ledger_accounts
 from marketplace.ledger import templates
 from marketplace.ledger.money import Nano
@@ -211,7 +213,8 @@ async def test_one_list_screens_payouts_and_senders(desk: Desk, tmp_path: Path) 
             return await sanctions.listed(conn, [evm, solana]), await _screened(conn, [evm, solana])
 
     file.write_text(f"{lower}\n{solana} # both\n")
-    assert await screening.refresh(desk.engine, desk.clock, file) == 2
+    file.write_text(file.read_text() + f"bc1q{'a' * 58}\n48{'B' * 93}  # of chains we do not pay on\n")
+    assert await screening.refresh(desk.engine, desk.clock, file) == ({lower, solana}, 2)
     assert await found() == (frozenset({evm, solana}), frozenset({evm, solana}))
     file.write_text(f"{solana}\n")
     await screening.refresh(desk.engine, desk.clock, file)
@@ -225,3 +228,24 @@ async def test_one_list_screens_payouts_and_senders(desk: Desk, tmp_path: Path) 
     assert await found() == (frozenset({solana}), frozenset({solana}))
     await screening.empty(desk.engine, desk.clock)
     assert await found() == (frozenset(), frozenset())
+
+
+async def test_a_person_who_screens_what_the_list_names_outlives_the_list(desk: Desk, tmp_path: Path) -> None:
+    solana, file, now = (
+        "4Nd1mYzVZ1cVqQz3zZJd5iHkVvJbQKq5Z5yq4n1JtKzA",
+        tmp_path / "list.txt",
+        desk.clock.now(),
+    )
+    file.write_text(solana)
+    await screening.refresh(desk.engine, desk.clock, file)
+    async with transaction(desk.engine) as conn:
+        await decisions.screen_sender(conn, solana, actor="ann", reason="a letter", now=now)
+    await screening.refresh(desk.engine, desk.clock, file)
+    await screening.empty(desk.engine, desk.clock)
+    async with transaction(desk.engine) as conn:
+        assert await _screened(conn, [solana]) == {solana}
+        journal = await conn.execute(text("SELECT action, actor FROM screening_decisions ORDER BY id"))
+        assert [tuple(row) for row in journal] == [("screen", decisions.LIST), ("screen", "ann")]
+        await decisions.unscreen_sender(conn, solana, actor="ann", reason="cleared", now=now)
+        with pytest.raises(NoDecision, match="is not screened"):
+            await decisions.unscreen_sender(conn, solana, actor="ann", reason="again", now=now)

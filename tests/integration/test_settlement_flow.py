@@ -12,9 +12,10 @@ import pytest
 from sqlalchemy import Table, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from chain.errors import ChainRefusal, RpcUnavailable, UnknownResult, WrongChain
+from chain.errors import ChainBroken, ChainRefusal, RpcUnavailable, UnknownResult, WrongChain
 from chain.networks import Chain
 from chain.payouts import Payout
+from chain.ports import Landed, SignedTransaction
 from chain.units import Micro
 from marketplace.ledger import accounts as ledger_accounts
 from marketplace.ledger import templates
@@ -41,7 +42,7 @@ from marketplace.settlement.errors import (
 )
 from marketplace.settlement.service import Schedule, Turn, run_settlers
 from marketplace.settlement.settler import Pace, Settler
-from marketplace.settlement.simulated_rail import Executed
+from marketplace.settlement.simulated_rail import Executed, SimulatedRail
 from marketplace.settlement.withdrawals import Status
 from tests.settlement_parts import NOW, Desk, Stop, run_out
 
@@ -158,6 +159,89 @@ async def test_a_fence_spent_above_finality_does_not_expire(desk: Desk) -> None:
     await run_out(desk, settler, 4)
     assert (await desk.batch(batch_id)).status is Payout.BROADCAST
     assert await desk.posted(ledger_accounts.payouts_in_flight("base")) == 40 * 10**9
+
+
+async def test_patience_begins_anew_when_somebody_may_have_seen_it_land(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two answers of "nothing landed" with a doubt between them are not one long one."""
+    ann = await desk.operator(40)
+    await desk.request(ann, 40)
+    batch_id = await desk.approved()
+    settler = Settler(desk.engine, desk.rail, desk.clock, pace=Pace(expire_s=60))
+    await settler.tick()
+    desk.rail.spend_fence()
+    looks_away = SimulatedRail.landed
+
+    async def doubtful(rail: SimulatedRail, signed: SignedTransaction) -> None:
+        raise RpcUnavailable("1 of 3 providers saw the batch land")
+
+    for answer in (looks_away, doubtful, looks_away, doubtful, looks_away):
+        monkeypatch.setattr(SimulatedRail, "landed", answer)
+        await settler.tick()
+        desk.clock.pass_s(45)
+    assert (await desk.batch(batch_id)).status in (Payout.SIGNED, Payout.BROADCAST)
+    await settler.tick()
+    desk.clock.pass_s(61)
+    await settler.tick()
+    assert (await desk.batch(batch_id)).status is Payout.EXPIRED
+
+
+async def test_the_newest_transaction_is_found_although_an_older_one_cannot_be_asked_for(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await desk.request(await desk.operator(40), 40)
+    batch_id = await desk.approved()
+    settler = Settler(desk.engine, desk.rail, desk.clock, pace=Pace(new_envelope_s=60))
+    for _ in range(2):
+        await settler.tick()  # signed, sent
+        await settler.tick()
+        desk.clock.pass_s(61)
+    async with transaction(desk.engine) as conn:
+        first, *_, newest = await batches.stored_broadcasts(conn, batch_id)
+    desk.rail.mine()
+    landed = SimulatedRail.landed
+
+    async def half_blind(rail: SimulatedRail, signed: SignedTransaction) -> Landed | None:
+        if signed.tx == first.tx:
+            raise RpcUnavailable("the range of blocks is too wide")
+        return await landed(rail, signed)
+
+    monkeypatch.setattr(SimulatedRail, "landed", half_blind)
+    assert newest.tx != first.tx
+    await settler.tick()
+    assert (await desk.batch(batch_id)).status is Payout.FINAL
+
+
+async def test_a_batch_of_another_escrow_is_neither_expired_nor_sent(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody changed the chains file: the other escrow's fence says nothing of this batch."""
+    await desk.request(await desk.operator(40), 40)
+    batch_id = await desk.approved()
+    settler = desk.settler()
+    await settler.tick()
+    monkeypatch.setattr(desk.rail, "escrow", "0x" + "e6" * 20)
+    sends = len(desk.rail.sends)
+    desk.rail.spend_fence()
+    for _ in range(2):
+        with pytest.raises(ChainBroken, match="another escrow"):
+            await settler.tick()
+        desk.clock.pass_s(3600)
+    assert (await desk.batch(batch_id)).status in (Payout.SIGNED, Payout.BROADCAST)
+    assert len(desk.rail.sends) == sends
+
+
+async def test_a_batch_of_another_escrow_is_not_expired_by_hand(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await desk.request(await desk.operator(40), 40)
+    batch_id = (await desk.plan()).batch_id
+    monkeypatch.setattr(desk.rail, "escrow", "0x" + "e6" * 20)
+    desk.rail.spend_fence()
+    with pytest.raises(ChainBroken, match="another escrow"):
+        await desk.settler().expire_unsigned(actor="ada", reason="looked")
+    assert (await desk.batch(batch_id)).status is Payout.PLANNED
 
 
 async def test_executed_by_a_strangers_transaction_is_final(desk: Desk) -> None:

@@ -142,6 +142,23 @@ async def test_a_table_is_believed_of_more_than_half_and_of_nobody_who_differs(r
         await tables.agreed([lying, lying], table, right)
 
 
+async def test_providers_some_slots_behind_a_new_table_are_waited_for(rail: MultisigRail) -> None:
+    """They show no table, or its beginning: neither is another opinion, and nobody halts for it."""
+    right = escrow.table_contents(rail.terms, some_lines())
+    table, begun = [await tables.make(rail._rpc, GAS, content) for content in (right, right[:-3])]
+    there, before, short = (Says(rail._rpc, one) for one in (table, str(Keypair().pubkey()), begun))
+    for behind in (before, short):
+        with pytest.raises(RpcUnavailable):
+            await tables.agreed([there, behind, behind], table, right)
+        assert await tables.agreed([there, there, behind], table, right) == 2
+    catches_up = Says(rail._rpc, begun)
+    waiting = asyncio.create_task(tables.agreed_soon([there, catches_up], table, right))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    catches_up.table = table
+    assert await asyncio.wait_for(waiting, 5) == 2
+
+
 async def test_whoever_cannot_be_paid_is_named_before_a_table_is_made(rail: MultisigRail) -> None:
     lines = some_lines()
     lines[14] = replace(lines[14], amount=Micro(10**12))  # more than the escrow has; in the second part

@@ -223,7 +223,9 @@ async def test_a_sanctioned_address_is_neither_added_nor_paid(desk: Desk, tmp_pa
     file = tmp_path / "list.txt"
     file.write_text(f"# from the treasury\n{desk.address_of(ann).replace('0x', '0X')}  # ann\n\n")
     async with transaction(desk.engine) as conn:
-        await sanctions.refresh(conn, sanctions.read_list(file), source="test", now=desk.clock.now())
+        await sanctions.refresh(
+            conn, sanctions.read_list(file).addresses, source="test", now=desk.clock.now()
+        )
     planned = await desk.plan()
     assert (planned.count, [w for w, _ in planned.split_off]) == (1, [made.id])
     refused = await desk.status(ann, made)
@@ -232,7 +234,9 @@ async def test_a_sanctioned_address_is_neither_added_nor_paid(desk: Desk, tmp_pa
     assert await desk.available(ann) == 40 * 10**9
     file.write_text(desk.address_of(UUID(int=5)))
     async with transaction(desk.engine) as conn:
-        await sanctions.refresh(conn, sanctions.read_list(file), source="test", now=desk.clock.now())
+        await sanctions.refresh(
+            conn, sanctions.read_list(file).addresses, source="test", now=desk.clock.now()
+        )
         assert await sanctions.listed(conn, [desk.address_of(ann)]) == frozenset()
         with pytest.raises(Sanctioned):
             await desk.add_address(conn, ann, desk.address_of(UUID(int=5)))

@@ -19,7 +19,7 @@ def test_amounts(text: str, micro: int) -> None:
     "text",
     [
         "", "-1", "+1", "1e6", "1e999999", "1_000", "NaN", "Infinity", " 1", "1.", "0x1", "٣",
-        "0.0000001", "9" * 41, str(MICRO_MAX),
+        "0.0000001", "9" * 41, str(MICRO_MAX), "9999999999",
     ],
 )  # fmt: skip
 def test_what_is_no_amount_is_a_value_error(text: str) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from eth_abi.abi import encode
 
-from chain.errors import RpcUnavailable
+from chain.errors import Malformed, RpcUnavailable, WrongChain
 from chain.evm import abi, gas
 from chain.evm.keystore import sign_digest
 from chain.evm.payouts import LABEL, SafeRail, SafeTerms, WrongSafe
@@ -51,6 +51,9 @@ class Node(JsonRpc):
     nonce: int = 3
     logs: list[dict[str, Any]] = field(default_factory=list)
     is_down: bool = False
+    chain_id: int = BASE.chain_id
+    refuses_to_send: bool = False
+    version_bytes: bytes | None = None
     sent: list[str] = field(default_factory=list)
 
     async def batch(self, calls: Sequence[Call]) -> list[Answer]:
@@ -65,6 +68,8 @@ class Node(JsonRpc):
         match call.method:
             case "eth_call":
                 return "0x" + self.view(bytes.fromhex(call.params[0]["data"][2:])).hex()
+            case "eth_chainId":
+                return hex(self.chain_id)
             case "eth_getBlockByNumber":
                 return {"number": hex(FINAL)}
             case "eth_getTransactionReceipt":
@@ -76,6 +81,8 @@ class Node(JsonRpc):
                 return "0x1"
             case "eth_feeHistory":
                 return {"baseFeePerGas": ["0x1"], "reward": [["0x1"]]}
+            case "eth_sendRawTransaction" if self.refuses_to_send:
+                raise RpcUnavailable("takes nothing")
             case "eth_sendRawTransaction":
                 self.sent.append(call.params[0])
                 return "0x"
@@ -83,6 +90,8 @@ class Node(JsonRpc):
 
     def view(self, calldata: bytes) -> bytes:
         usdc = abi.load("usdc")
+        if calldata[:4] == SAFE_ABI["VERSION"].selector and self.version_bytes is not None:
+            return encode(["bytes"], [self.version_bytes])
         answers: dict[bytes, tuple[str, Any]] = {
             SAFE_ABI["VERSION"].selector: ("string", self.version),
             SAFE_ABI["getOwners"].selector: ("address[]", self.owners),
@@ -163,8 +172,40 @@ async def test_a12_one_provider_cannot_call_a_paid_batch_unpaid(liar: int) -> No
     assert landed is not None
     assert landed.tx == signed.tx
     nodes[liar - 1].is_down = True
-    with pytest.raises(RpcUnavailable, match="1 of 2 providers saw the batch land"):
+    with pytest.raises(RpcUnavailable, match="1 of 3 providers saw the batch land"):
         await rail.landed(signed)
+    nodes[liar - 2].is_down = True  # now the liar alone answers
+    with pytest.raises(RpcUnavailable, match="0 of 3 providers"):
+        await rail.landed(signed)
+
+
+async def test_a_provider_of_another_network_has_no_vote() -> None:
+    """A Safe may have one address on Ethereum and on Base, and another nonce there."""
+    nodes = [Node(), Node(chain_id=1, nonce=9), Node(chain_id=1, nonce=9)]
+    assert not await rail_on(nodes[0], witnesses=nodes[1:]).is_fence_spent(UNSIGNED.fence)
+    with pytest.raises(WrongChain):
+        await rail_on(nodes[1]).is_fence_spent(UNSIGNED.fence)
+
+
+async def test_bytes_go_to_every_provider() -> None:
+    nodes = [Node(), Node(), Node()]
+    rail = rail_on(nodes[0], witnesses=nodes[1:])
+    signed = await rail.assemble(UNSIGNED, APPROVALS)
+    nodes[0].refuses_to_send = True
+    await rail.broadcast(signed)
+    assert [len(node.sent) for node in nodes] == [0, 1, 1]
+
+
+def test_a_batch_of_another_safe_is_not_ours(node: Node) -> None:
+    rail_on(node).require_ours(UNSIGNED.context)
+    with pytest.raises(WrongSafe, match="the batch is of Safe"):
+        rail_on(node).require_ours(UNSIGNED.context | {"safe": "0x" + "22" * 20})
+
+
+async def test_a_version_that_is_no_text_is_malformed(node: Node) -> None:
+    node.version_bytes = b"\xff\xfe"
+    with pytest.raises(Malformed):
+        await rail_on(node).check_escrow()
 
 
 @pytest.mark.parametrize("liar", [0, 1, 2])
