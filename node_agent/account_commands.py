@@ -9,7 +9,6 @@ from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import typer
-from rich.table import Table
 
 from node_agent import config as settings
 from node_agent.account import (
@@ -25,7 +24,7 @@ from node_agent.account import (
 )
 from node_agent.chain_check import Expected, is_paid_on_chain
 from node_agent.inclusion import line_hash, root_of
-from node_agent.terminal import HOME, DataDir, Json, err, out, plain_errors, print_json
+from node_agent.terminal import HOME, DataDir, Json, err, out, plain_errors, print_json, print_table
 
 NOT_INCLUDED_EXIT: Final = 3
 
@@ -77,7 +76,7 @@ def login(data_dir: DataDir = HOME, forget: ApiKeyOption = False, as_json: Json 
     elif forget:
         out.print("Deleted.")
     else:
-        out.print(f"Stored in {path}, readable by you alone.")
+        out.print(f"Stored in {path}, readable by you alone.", markup=False)
 
 
 # -- earnings -----------------------------------------------------------------------------------------
@@ -107,11 +106,17 @@ def earnings(
     per_day = _dollars(int(statement.forecast_per_day_nano))
     out.print(f"${per_day} a day over the last {statement.forecast_days} days")
     if lines and statement.data:
-        table = Table("what", "$", "model", "tokens", "transaction")
-        for line in statement.data[:lines]:
-            tokens = "" if line.tokens is None else str(line.tokens)
-            table.add_row(line.kind, line.amount, line.model or "", tokens, line.tx or "")
-        out.print(table)
+        rows = [
+            (
+                line.kind,
+                line.amount,
+                line.model or "",
+                "" if line.tokens is None else str(line.tokens),
+                line.tx or "",
+            )
+            for line in statement.data[:lines]
+        ]
+        print_table(("what", "$", "model", "tokens", "transaction"), rows)
 
 
 def _duration(seconds: int) -> str:
@@ -177,9 +182,13 @@ def withdraw(
         print_json({"withdrawal": msgspec.to_builtins(made), "idempotency_key": key})
     else:
         out.print(
-            f"Withdrawal {made.id}: {made.amount} USDC to {made.address} on {made.chain}, {made.status}."
+            f"Withdrawal {made.id}: {made.amount} USDC to {made.address} on {made.chain}, {made.status}.",
+            markup=False,
+            soft_wrap=True,
         )
-        out.print(f"idempotency key {key}: repeating the request with it pays once", soft_wrap=True)
+        out.print(
+            f"idempotency key {key}: repeating the request with it pays once", markup=False, soft_wrap=True
+        )
 
 
 def _asked_once(folder: Path, key: str, ask: Callable[[Account], Awaitable[_Result]]) -> _Result:
@@ -216,10 +225,10 @@ def bank(context: typer.Context, data_dir: DataDir = HOME, as_json: Json = False
         return
     for entry in accounts:
         state = f"retired {entry.retired_at}" if entry.retired_at else f"usable from {entry.usable_at}"
-        out.print(f"{entry.iban}  {entry.holder}, {state}; account {entry.id}", soft_wrap=True)
+        out.print(f"{entry.iban}  {entry.holder}, {state}; account {entry.id}", markup=False, soft_wrap=True)
     for each in made:
         told = each.reference or each.reason or ""
-        out.print(f"${each.amount} {each.status} {told}; withdrawal {each.id}", soft_wrap=True)
+        out.print(f"${each.amount} {each.status} {told}; withdrawal {each.id}", markup=False, soft_wrap=True)
 
 
 @bank_app.command("withdraw")
@@ -241,7 +250,9 @@ def bank_withdraw(
         print_json({"withdrawal": msgspec.to_builtins(made), "idempotency_key": key})
     else:
         out.print(f"Withdrawal {made.id}: ${made.amount} to your bank, {made.status}.")
-        out.print(f"idempotency key {key}: repeating the request with it pays once", soft_wrap=True)
+        out.print(
+            f"idempotency key {key}: repeating the request with it pays once", markup=False, soft_wrap=True
+        )
 
 
 @bank_app.command("cancel")
@@ -266,10 +277,8 @@ def addresses(context: typer.Context, data_dir: DataDir = HOME, as_json: Json = 
     if as_json:
         print_json({"addresses": msgspec.to_builtins(found)})
         return
-    table = Table("chain", "address", "usable from", "retired")
-    for entry in found:
-        table.add_row(entry.chain, entry.address, entry.usable_at, entry.retired_at or "")
-    out.print(table)
+    rows = [(entry.chain, entry.address, entry.usable_at, entry.retired_at or "") for entry in found]
+    print_table(("chain", "address", "usable from", "retired"), rows)
 
 
 @addresses_app.command("add")
@@ -284,7 +293,7 @@ def addresses_add(
     if as_json:
         print_json({"address": msgspec.to_builtins(made)})
     else:
-        out.print(f"{made.address} on {made.chain} can be used from {made.usable_at}.")
+        out.print(f"{made.address} on {made.chain} can be used from {made.usable_at}.", markup=False)
 
 
 # -- payouts ------------------------------------------------------------------------------------------
@@ -299,12 +308,11 @@ def payouts(context: typer.Context, data_dir: DataDir = HOME, as_json: Json = Fa
     if as_json:
         print_json({"withdrawals": msgspec.to_builtins(found)})
         return
-    table = Table("id", "chain", "USDC", "status", "address", "transaction or reason")
-    for made in found:
-        table.add_row(
-            made.id, made.chain, made.amount, made.status, made.address, made.tx or made.refusal or ""
-        )
-    out.print(table)
+    rows = [
+        (made.id, made.chain, made.amount, made.status, made.address, made.tx or made.refusal or "")
+        for made in found
+    ]
+    print_table(("id", "chain", "USDC", "status", "address", "transaction or reason"), rows)
 
 
 @payouts_app.command("cancel")
@@ -352,13 +360,18 @@ def payouts_verify(
         print_json({name: msgspec.to_builtins(value) for name, value in found.items()})
     elif not found["is_included"]:
         err.print(
-            f"NOT PROVEN: {proof.payout_id} is not in the batch whose public root is {batch.merkle_root}"
+            f"NOT PROVEN: {proof.payout_id} is not in the batch whose public root is {batch.merkle_root}",
+            markup=False,
+            soft_wrap=True,
         )
     else:
         amount = f"{proof.amount_micro // 10**6}.{proof.amount_micro % 10**6:06d}"
-        out.print(f"Proven: {amount} USDC to {proof.address} is entry {proof.position + 1} of {proof.count}")
-        out.print(f"of batch {batch.id} on {batch.chain}, root {batch.merkle_root}, {batch.status}")
-        out.print(_on_chain_sentence(found["is_on_chain"], batch))
+        for line in (
+            f"Proven: {amount} USDC to {proof.address} is entry {proof.position + 1} of {proof.count}",
+            f"of batch {batch.id} on {batch.chain}, root {batch.merkle_root}, {batch.status}",
+            _on_chain_sentence(found["is_on_chain"], batch),
+        ):
+            out.print(line, markup=False, soft_wrap=True)
     if not is_good:
         raise typer.Exit(NOT_INCLUDED_EXIT)
 

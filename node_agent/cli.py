@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated, Final, get_args
 
 import msgspec
 import typer
-from rich.table import Table
+from rich.markup import escape
 
 from node_agent import (
     account_commands,
@@ -31,7 +32,17 @@ from node_agent.enroll import enroll
 from node_agent.identity import create_identity, load_identity
 from node_agent.prices import Per, PriceError, format_price, parse_price
 from node_agent.service import Service
-from node_agent.terminal import HOME, DataDir, Json, JsonLines, out, plain_errors, print_json, version
+from node_agent.terminal import (
+    HOME,
+    DataDir,
+    Json,
+    JsonLines,
+    out,
+    plain_errors,
+    print_json,
+    print_table,
+    version,
+)
 
 LOCK_FILE: Final = "agent.lock"
 
@@ -85,9 +96,11 @@ def enroll_command(
     if as_json:
         print_json({"node_id": reply.node_id, "public_key": identity.public_key, "data_dir": str(data_dir)})
         return
-    out.print(f"This machine is node [bold]{reply.node_id}[/] of {reply.operator or 'your account'}.")
+    operator = escape(reply.operator or "your account")
+    out.print(f"This machine is node [bold]{reply.node_id}[/] of {operator}.")
     out.print(
-        f"Now add a model: tollway-node models add NAME …   (settings: {data_dir / settings.CONFIG_FILE})"
+        f"Now add a model: tollway-node models add NAME …   (settings: {data_dir / settings.CONFIG_FILE})",
+        markup=False,
     )
 
 
@@ -208,7 +221,8 @@ def models_add(
         engine = _engine_for(
             model, attach=attach, api_key=api_key, recipe=recipe, model_path=model_path, python=python
         )
-        config = settings.add_engine(data_dir, engine)
+        name = _free_name(engine.name, {other.name for other in settings.load_config(data_dir).engines})
+        config = settings.add_engine(data_dir, msgspec.structs.replace(engine, name=name))
     _print_models(config, "1m", as_json=as_json)
 
 
@@ -244,6 +258,12 @@ def _engine_for(
         environment=settings.VLLM_CPU_ENVIRONMENT if recipe == "vllm-cpu" else {},
         models=[model],
     )
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """`name`, or with the first of -2, -3 … that no engine has: `my/model` and `my-model` are two."""
+    names = itertools.chain((name,), (f"{name}-{number}" for number in itertools.count(2)))
+    return next(each for each in names if each not in taken)
 
 
 @prices_app.command("show")
@@ -303,13 +323,18 @@ def _print_models(config: settings.Config, per: Per, *, as_json: bool) -> None:
         ]
         print_json({"node_id": config.node_id, "models": models})
         return
-    table = Table("model", "engine", "context", "capacity", f"$ in / {per}", f"$ out / {per}")
-    for engine, model in config.models():
-        prices = (format_price(model.price_in, per), format_price(model.price_out, per))
-        table.add_row(
-            model.name, f"{engine.name} ({engine.kind})", str(model.context), str(model.capacity), *prices
+    rows = [
+        (
+            model.name,
+            f"{engine.name} ({engine.kind})",
+            str(model.context),
+            str(model.capacity),
+            format_price(model.price_in, per),
+            format_price(model.price_out, per),
         )
-    out.print(table)
+        for engine, model in config.models()
+    ]
+    print_table(("model", "engine", "context", "capacity", f"$ in / {per}", f"$ out / {per}"), rows)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Reading checks everything and says in one sentence what is wrong and where. Writ
 operator's own comments: prices are changed in their lines, engines are appended, models removed.
 """
 
+import contextlib
 import itertools
 import re
 import tomllib
@@ -131,7 +132,7 @@ def _in_words(message: str, text: str) -> str:
     if unknown:
         place, reason = f"{place}.{unknown[1]}".removeprefix("."), "there is no such setting"
     key = re.sub(r"\[[^\]]*\]", "", place).rsplit(".", 1)[-1]
-    lines = [i for i, line in enumerate(text.splitlines(), 1) if re.match(rf"\s*{re.escape(key)}\s*=", line)]
+    lines = [i for i, line in enumerate(text.split("\n"), 1) if re.match(rf"\s*{re.escape(key)}\s*=", line)]
     where = f"line {lines[0]}, " if key and len(lines) == 1 else ""
     return f"{where}{place or 'the file'}: {reason}"
 
@@ -253,16 +254,20 @@ def write_settings(folder: Path, *, node_id: str, api: str, nats_url: str, name:
 
 
 def _change_line(text: str, key: str, value: str) -> str:
-    def fresh(_: re.Match[str]) -> str:
-        return f"{key} = {_quoted(value)}"
-
-    return re.sub(rf"(?m)^{key}\s*=.*$", fresh, text, count=1)
+    """Change a setting that stands above all tables, or add it there: an engine has a `name` of its own."""
+    first_table = re.search(r"(?m)^[ \t]*\[", text)
+    end = first_table.start() if first_table else len(text)
+    line = f"{key} = {_quoted(value)}"
+    head, count = re.subn(rf"(?m)^[ \t]*{key}[ \t]*=.*$", lambda _: line, text[:end], count=1)
+    if count == 0:
+        head = head.rstrip("\n") + f"\n{line}\n\n"
+    return head + text[end:]
 
 
 def add_engine(folder: Path, engine: EngineSettings) -> Config:
     """Append `engine` to the settings; raises `ConfigError` if it does not fit them."""
     load_config(folder)
-    text = (folder / CONFIG_FILE).read_text().rstrip() + "\n\n" + _engine_block(engine)
+    text = (folder / CONFIG_FILE).read_text(encoding="utf-8").rstrip() + "\n\n" + _engine_block(engine)
     return _write(folder, text)
 
 
@@ -271,7 +276,7 @@ def remove_model(folder: Path, model: str) -> Config:
     before = load_config(folder)
     _require_model(before, model)
     engine = next(engine for engine, entry in before.models() if entry.name == model)
-    lines = (folder / CONFIG_FILE).read_text().splitlines()
+    lines = (folder / CONFIG_FILE).read_text(encoding="utf-8").split("\n")
     unclear = ConfigError(f"could not find the lines of {model!r}; remove them in {folder / CONFIG_FILE}")
     begin, end = next(_model_tables(lines, model), (0, 0))
     if begin == end:
@@ -282,7 +287,11 @@ def remove_model(folder: Path, model: str) -> Config:
         end -= 1  # what is written above the next table is about that one
     text = "\n".join(lines[:begin] + lines[end:]).rstrip() + "\n"
     expected = [(e.name, entry) for e, entry in before.models() if entry.name != model]
-    if [(e.name, entry) for e, entry in parse_config(text).models()] != expected:
+    try:
+        left = [(e.name, entry) for e, entry in parse_config(text).models()]
+    except ConfigError as error:
+        raise unclear from error
+    if left != expected:
         raise unclear
     return _write(folder, text)
 
@@ -295,7 +304,7 @@ def set_price(folder: Path, model: str, *, price_in: str | None, price_out: str 
         for key, text in (("input", price_in), ("output", price_out))
         if text is not None
     }
-    text = _change_model_lines((folder / CONFIG_FILE).read_text(), model, changes)
+    text = _change_model_lines((folder / CONFIG_FILE).read_text(encoding="utf-8"), model, changes)
     after = parse_config(text)
     changed = next(entry for _, entry in after.models() if entry.name == model)
     expected = {key: parse_price(value) for key, value in changes.items()}
@@ -314,13 +323,17 @@ def _require_model(config: Config, model: str) -> None:
 
 
 def _model_tables(lines: list[str], model: str) -> Iterator[tuple[int, int]]:
-    """Where the [[engines.models]] tables that name `model` begin and end."""
+    """Where the [[engines.models]] tables that name `model` begin and end.
+
+    A table with a text over several lines, one of which begins with a bracket, is not found.
+    """
     starts = [i for i, line in enumerate(lines) if line.strip().startswith("[")] + [len(lines)]
     for begin, end in itertools.pairwise(starts):
         if not re.match(r"\s*\[\[\s*engines\.models\s*\]\]", lines[begin]):
             continue
-        if tomllib.loads("\n".join(lines[begin + 1 : end])).get("name") == model:
-            yield begin, end
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            if tomllib.loads("\n".join(lines[begin + 1 : end])).get("name") == model:
+                yield begin, end
 
 
 def _engine_around(lines: list[str], at: int) -> tuple[int, int]:
@@ -333,13 +346,13 @@ def _engine_around(lines: list[str], at: int) -> tuple[int, int]:
 
 def _change_model_lines(text: str, model: str, changes: dict[str, str]) -> str:
     """Rewrite `input` and `output` inside the [[engines.models]] table that names `model`."""
-    lines = text.splitlines()
+    lines = text.split("\n")  # TOML's lines; splitlines() knows more ends than TOML does
     for begin, end in _model_tables(lines, model):
         for i in range(begin + 1, end):
             match = re.match(r"(\s*)(input|output)\s*=\s*(\"[^\"]*\"|'[^']*'|[^\s#]+)(.*)$", lines[i])
             if match and match[2] in changes:
                 lines[i] = f'{match[1]}{match[2]} = "{changes[match[2]]}"{match[4]}'
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _engine_block(engine: EngineSettings) -> str:

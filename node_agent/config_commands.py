@@ -34,7 +34,7 @@ def init(
     if as_json:
         print_json({"path": str(path)})
     else:
-        out.print(f"Written: {path}")
+        out.print(f"Written: {path}", markup=False)
 
 
 @config_app.command()
@@ -46,6 +46,5 @@ def check(data_dir: DataDir = HOME, as_json: Json = False) -> None:
         models = [model.name for _, model in config.models()]
         print_json({"path": str(data_dir / CONFIG_FILE), "is_valid": True, "models": models})
     else:
-        out.print(
-            f"{data_dir / CONFIG_FILE} is valid: {len(config.engines)} engines, {len(config.models())} models"
-        )
+        counts = f"{len(config.engines)} engines, {len(config.models())} models"
+        out.print(f"{data_dir / CONFIG_FILE} is valid: {counts}", markup=False)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.markup import escape
 
 from node_agent.identity import IdentityError, load_identity
 from node_agent.receipts import (
@@ -56,8 +57,12 @@ def verify_receipt(
         print_json(facts)
         return
     stated = verdict.statement
-    out.print(f"[green]valid[/]: {stated.model}, {stated.prompt_tokens} + {stated.completion_tokens} tokens,")
-    out.print(f"counted by {stated.counted_by}, cost {stated.cost_nano} nano-dollars, node {stated.node}")
+    tokens = f"{stated.prompt_tokens} + {stated.completion_tokens} tokens"
+    out.print(f"[green]valid[/]: {escape(stated.model)}, {tokens},")
+    out.print(
+        f"counted by {escape(stated.counted_by)}, cost {stated.cost_nano} nano-dollars, "
+        f"node {escape(stated.node)}"
+    )
     out.print(
         "signed by the marketplace" + (" and by the node" if verdict.is_countersigned else " alone so far")
     )

@@ -63,7 +63,7 @@ def show(data_dir: DataDir = HOME, system: System = False, kind: ForKind = "", a
         print_json({"kind": made.kind, "path": str(made.path), "content": made.content, **commands})
         return
     sys.stdout.write(made.content)
-    out.print(f"goes to {made.path}; then:", highlight=False)
+    out.print(f"goes to {made.path}; then:", markup=False, highlight=False)
     for line in spoken(made.install):
         out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
@@ -82,7 +82,7 @@ def install(data_dir: DataDir = HOME, system: System = False, as_json: Json = Fa
     if as_json:
         print_json({"kind": made.kind, "path": str(path), "is_installed": True})
     else:
-        out.print(f"Installed as {path}; it runs now and starts with the machine.")
+        out.print(f"Installed as {path}; it runs now and starts with the machine.", markup=False)
 
 
 @service_app.command()
@@ -96,7 +96,7 @@ def uninstall(data_dir: DataDir = HOME, system: System = False, as_json: Json = 
     if as_json:
         print_json({"kind": made.kind, "path": str(made.path), "is_installed": False})
     else:
-        out.print(f"Removed {made.path}.")
+        out.print(f"Removed {made.path}.", markup=False)
 
 
 @service_app.command()
@@ -117,7 +117,7 @@ def status(data_dir: DataDir = HOME, system: System = False, as_json: Json = Fal
     elif not is_installed:
         out.print("Not installed: tollway-node service install")
     else:
-        out.print(f"{made.path}: {'running' if is_running else 'installed, not running'}")
+        out.print(f"{made.path}: {'running' if is_running else 'installed, not running'}", markup=False)
     if not is_running:
         raise typer.Exit(1)
 

@@ -201,7 +201,7 @@ def _models(found: LocalStatus) -> Table:
     table = Table("model", "state", "running", "waiting", "cache", "capacity", "$ in / 1M", "$ out / 1M")
     for model in found.models:
         table.add_row(
-            model.name,
+            Text(model.name),
             "ready" if model.is_ready else "not ready",
             str(model.running),
             str(model.waiting),

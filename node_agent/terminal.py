@@ -4,13 +4,16 @@ import contextlib
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import msgspec
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 from node_agent.account import AccountError
 from node_agent.chain_check import ChainUnreachableError
@@ -40,6 +43,25 @@ def version() -> str:
 
 out: Final = Console()
 err: Final = Console(stderr=True)
+TABLE_WIDTH_MAX: Final = 10_000
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table that cuts no word: half an id or address names nothing, and is copied all the same.
+
+    A line wider than the terminal is wrapped by the terminal, which still copies its words whole; a text of
+    many words is folded at half the terminal's width. In a pipe each row is one line.
+    """
+    table = Table()
+    for cells in zip(columns, *rows, strict=True):
+        longest_word = max(map(len, " ".join(cells).split()))
+        folded_at = max(longest_word, out.width // 2) if out.is_terminal else None
+        table.add_column(cells[0], max_width=folded_at, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # no markup: what others wrote stays as it is
+    wide = out.options.update(max_width=TABLE_WIDTH_MAX)
+    table.width = Measurement.get(out, wide, table).maximum
+    out.print(table, crop=False)
 
 
 def print_json(content: dict[str, Any]) -> None:

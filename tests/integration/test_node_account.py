@@ -204,7 +204,7 @@ async def test_a_withdrawal_to_the_bank_from_asking_to_cancelling(
     monkeypatch.setenv("TOLLWAY_API_KEY", KEY)
     async with transaction(terminal.desk.engine) as conn:
         account = await bank.add_account(
-            conn, person=terminal.ann, holder="Ann", iban="GB82WEST12345698765432", cooling_s=0,
+            conn, person=terminal.ann, holder="Ann [/x]", iban="GB82WEST12345698765432", cooling_s=0,
             now=terminal.desk.clock.now(),
         )  # fmt: skip
     asked = ("bank", "withdraw", "25", "--account", str(account.id), "--idempotency-key", "mine-1")
@@ -216,7 +216,7 @@ async def test_a_withdrawal_to_the_bank_from_asking_to_cancelling(
     listed = await terminal.told("bank")
     assert [a["id"] for a in listed["accounts"]] == [str(account.id)]
     assert [w["status"] for w in listed["withdrawals"]] == ["requested"]
-    assert "GB82WEST12345698765432" in (await terminal.type("bank")).stdout
+    assert "GB82WEST12345698765432  Ann [/x], usable" in (await terminal.type("bank")).stdout
     gone = await terminal.type("bank", "cancel", first["withdrawal"]["id"])
     assert "cancelled; the money is earnings again" in gone.stdout
     assert await terminal.desk.available(terminal.ann) == 40 * 10**9

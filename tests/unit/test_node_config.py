@@ -2,12 +2,16 @@
 
 import os
 import stat
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from node_agent import config
+from node_agent.cli import app as node_app
 from node_agent.config import ConfigError, EngineSettings, Model, parse_config
 from node_agent.identity import IdentityError, create_identity, load_identity
 from node_agent.protocol import EnrollReply
@@ -151,6 +155,105 @@ def test_a_model_whose_lines_are_not_found_stays(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="could not find the lines of 'm'"):
         config.remove_model(tmp_path, "m")
     assert path.read_bytes() == before
+
+
+CHANGE_EVERYTHING = """
+import sys
+from decimal import Decimal
+from pathlib import Path
+from node_agent.config import EngineSettings, Model, add_engine, remove_model, set_price
+
+folder = Path(sys.argv[1])
+made = Model(name="one", input=Decimal(1), output=Decimal(2), context=64)
+add_engine(folder, EngineSettings(name="first", kind="attach", url="http://h", models=[made]))
+set_price(folder, "one", price_in="3", price_out=None, per="1m")
+remove_model(folder, "one")
+"""
+
+
+def test_settings_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    path = first(tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + "# für Zoë\n" + ENGINE + MODEL, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGE_EVERYTHING, tmp_path],
+        env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "# für Zoë\n" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\x85"])
+def test_only_tomls_own_line_ends_end_a_line(tmp_path: Path, end: str) -> None:
+    path = first(tmp_path)
+    ours = MODEL.replace('"m"', f'"m"  # cheap{end}and good')
+    path.write_text(path.read_text() + ENGINE + ours)
+    before = path.read_text()
+    config.set_price(tmp_path, "m", price_in="0.3", price_out=None, per="1m")
+    assert path.read_text() == before.replace('"0.1"', '"0.30"')
+    assert config.remove_model(tmp_path, "m").engines == []
+    path.write_text(f"{BASE}# cheap{end}and good\ndrain_seconds = -3\n")
+    with pytest.raises(ConfigError, match="line 5, drain_seconds"):
+        config.load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ENGINE + MODEL + 'engine_name = """\n[x]"""\n',
+        '[[engines]]\nname = "s"\nkind = "spawn"\nargv = ["a"]\n'
+        + MODEL
+        + '[engines.environment]\nA = """\n[x]"""\n',
+    ],
+    ids=["model", "engine"],
+)
+def test_a_bracket_inside_a_text_is_not_taken_for_a_table(tmp_path: Path, settings: str) -> None:
+    path = first(tmp_path)
+    path.write_text(path.read_text() + settings)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="could not find the lines of 'm'"):
+        config.remove_model(tmp_path, "m")
+    assert path.read_bytes() == before
+
+
+def test_the_price_of_a_model_whose_lines_are_not_found_stays(tmp_path: Path) -> None:
+    path = first(tmp_path)
+    path.write_text(path.read_text() + ENGINE + MODEL + 'engine_name = """\n[x]"""\n')
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="could not find the price lines of 'm'"):
+        config.set_price(tmp_path, "m", price_in="0.3", price_out=None, per="1m")
+    assert path.read_bytes() == before
+
+
+def test_an_engine_of_a_taken_name_gets_a_number(tmp_path: Path) -> None:
+    first(tmp_path)
+    for name in ("my-model", "my/model", "my model"):
+        at = ("--attach", "http://h", "--input", "1", "--output", "1", "--data-dir", str(tmp_path))
+        done = CliRunner().invoke(node_app, ["models", "add", name, *at])
+        assert done.exit_code == 0, done.output
+    read = config.load_config(tmp_path)
+    assert [(engine.name, model.name) for engine, model in read.models()] == [
+        ("my-model", "my-model"),
+        ("my-model-2", "my/model"),
+        ("my-model-3", "my model"),
+    ]
+
+
+def test_enrolling_again_adds_what_was_deleted_above_the_engines(tmp_path: Path) -> None:
+    path = first(tmp_path)
+    deleted = path.read_text().replace('name = "quo\\"te\\\\"\n', "", 1)
+    path.write_text(deleted + "# my own words\n" + ENGINE + MODEL)
+    assert config.load_config(tmp_path).name == ""
+    config.write_first_config(tmp_path, REPLY, api="https://y", name="new")
+    read = config.load_config(tmp_path)
+    assert (read.name, read.api, read.engines[0].name) == ("new", "https://y", "e")
+    assert "# my own words" in path.read_text()
+    config.write_first_config(tmp_path, REPLY, api="https://y", name="newer")
+    assert config.load_config(tmp_path).name == "newer"
 
 
 def test_enrolling_again_keeps_the_engines(tmp_path: Path) -> None:
