@@ -12,13 +12,12 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from chain.addresses import parse_payout_address
 from chain.errors import ChainError
@@ -32,6 +31,7 @@ from marketplace.platform.errors import PlatformError, SetupFault
 from marketplace.platform.logging import configure_logging
 from marketplace.platform.settings import Settings, load_settings
 from marketplace.routing.commands import route_app
+from marketplace.terminal import err, out, print_table
 
 app = typer.Typer(
     help="A marketplace for LLM inference that settles on chain.",
@@ -49,13 +49,15 @@ for name, group in (
     app.add_typer(group, name=name)
 app.command("nats-config")(nats_config)
 
-out: Final = Console()
-err: Final = Console(stderr=True, soft_wrap=True)  # a path in an error is never cut
 
 DEFAULT_STACK: Final = Path("var/stack")
 DataDir = Annotated[Path, typer.Option("--data-dir", help="The stack's data folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 ChainArgument = Annotated[Chain, typer.Option("--chain", help="ethereum, base or solana.")]
+
+
+_STACK_URLS: Final[set[str]] = set()
+"""Database URLs read from a stack's folder: `make up` starts these servers, and not those of others."""
 
 
 @contextmanager
@@ -71,24 +73,68 @@ def _plain_errors() -> Iterator[None]:
         raise typer.Exit(1) from e
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except Exception as e:
+        said = _shut_out(e)
+        if said is None:
+            raise
+        err.print(f"[red]tollway:[/] {escape(said)}")
+        raise typer.Exit(1) from e
 
 
 def _missing(error: OSError) -> str:
     # Of a database's socket that is gone asyncpg names no file.
     if error.filename is None and isinstance(error, FileNotFoundError | ConnectionRefusedError):
-        return "the database does not answer: the stack does not run; start it with `make up`"
+        if os.environ.get("TOLLWAY_DATABASE_URL") in _STACK_URLS:
+            return "the database does not answer: the stack does not run; start it with `make up`"
+        return "the database of TOLLWAY_DATABASE_URL does not answer"
+    if isinstance(error, TimeoutError):  # it has no words of its own, or those of the system about an address
+        is_database = any("asyncpg" in frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+        return f"{'the database' if is_database else 'something that was asked'} does not answer in time"
     return f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
 
 
-def _refused_value(error: Exception) -> str | None:
-    """What the database says of a value it never takes (SQLSTATE classes 22, 23); None: another error."""
+def _driver_error(error: Exception) -> BaseException | None:
+    """What asyncpg raised, if SQLAlchemy's error is of that."""
     if "sqlalchemy" not in sys.modules:  # half of a command's start-up time, needed by some
         return None
-    from asyncpg import DataError, IntegrityConstraintViolationError, InterfaceError
     from sqlalchemy.exc import DBAPIError
 
-    cause = error.orig.__cause__ if isinstance(error, DBAPIError) and error.orig is not None else None
+    return error.orig.__cause__ if isinstance(error, DBAPIError) and error.orig is not None else None
+
+
+def _shut_out(error: Exception) -> str | None:
+    """Why the database of TOLLWAY_DATABASE_URL lets nobody work in it; None: another error."""
+    cause = _driver_error(error)
+    if cause is None:
+        return None
+    import asyncpg
+
+    from marketplace.platform.database import APPLICATION_ROLE
+
     match cause:
+        case asyncpg.InvalidAuthorizationSpecificationError():  # SQLSTATE class 28
+            return f"the database refuses the login of TOLLWAY_DATABASE_URL: {cause.args[0]}"
+        case asyncpg.InvalidCatalogNameError():
+            return f"there is no such database: {cause.args[0]}"
+        case asyncpg.InvalidParameterValueError() if f'"{APPLICATION_ROLE}"' in cause.args[0]:
+            # On a new server the role is missed before any table is.
+            return f"the database has no tables yet ({cause.args[0]}): run `tollway migrate`"
+    return None
+
+
+def _refused_value(error: Exception) -> str | None:
+    """What the database says of a value it never takes (SQLSTATE classes 22, 23), or of a table it has not.
+
+    None: another error.
+    """
+    cause = _driver_error(error)
+    if cause is None:
+        return None
+    from asyncpg import DataError, IntegrityConstraintViolationError, InterfaceError, UndefinedTableError
+
+    match cause:
+        case UndefinedTableError():
+            return f"the database has no tables yet, or old ones ({cause.args[0]}): run `tollway migrate`"
         case IntegrityConstraintViolationError(constraint_name=str(name)):
             return f"a value breaks the book's rule {name}: give another"
         case IntegrityConstraintViolationError() | DataError():
@@ -103,7 +149,7 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
         try:
             return asyncio.run(work)
         except Exception as e:  # here and not for processes: of those it is a fault, to be traced
-            said = _refused_value(e)
+            said = _shut_out(e) or _refused_value(e)
             if said is None:
                 raise
             raise ValueError(said) from e
@@ -116,6 +162,7 @@ def _settings(data_dir: Path) -> Settings:
     if "TOLLWAY_DATABASE_URL" not in os.environ:
         for name, value in StackFolder(data_dir).read_environment().items():
             os.environ.setdefault(f"TOLLWAY_{name.upper()}", value)
+        _STACK_URLS.add(os.environ.get("TOLLWAY_DATABASE_URL", ""))
     return load_settings()
 
 
@@ -253,7 +300,7 @@ def _demo_model(name: str) -> Any:
     from marketplace.stack.stack import MODELS
 
     if name not in MODELS:
-        err.print(f"[red]tollway:[/] no model {name!r}; choose one of {', '.join(MODELS)}")
+        err.print(f"[red]tollway:[/] no model {escape(repr(name))}; choose one of {', '.join(MODELS)}")
         raise typer.Exit(2)
     return MODELS[name]
 
@@ -333,13 +380,14 @@ def ledger_show(
         return
     for key in ("account", "posted", "held", "available"):
         out.print(f"{key:>10}  {found[key]}")
-    table = Table("when", "what", "amount", "left", "with", "reference", box=None)
-    for line in page.lines:
-        table.add_row(
+    rows = [
+        (
             f"{line.made_at:%Y-%m-%d %H:%M:%S}", line.kind, dollars(line.amount), dollars(line.balance),
-            escape(str(line.other or line.model)), escape(line.ref or str(line.id)),
-        )  # fmt: skip
-    out.print(table)
+            str(line.other or line.model), line.ref or str(line.id),
+        )
+        for line in page.lines
+    ]  # fmt: skip
+    print_table(("when", "what", "amount", "left", "with", "reference"), rows, box=None)
     if page.next_before is not None:
         out.print(f"older: tollway ledger show {escape(account)} --before {page.next_before}", soft_wrap=True)
 
@@ -376,7 +424,7 @@ def models_add(
     except CatalogError as e:
         err.print(f"[red]tollway:[/] {escape(str(e))}")
         raise typer.Exit(1) from e
-    out.print(f"{name} is on offer.")
+    out.print(f"{escape(name)} is on offer.")
 
 
 # ---- settlement
@@ -457,23 +505,25 @@ def batch_show(
     from marketplace.settlement import commands
 
     if batch is None:
-        table = Table("batch", "chain", "status", "payouts", "USDC")
-        for row in _with_book(data_dir, lambda engine, *_: commands.listing(engine)):
-            table.add_row(str(row.id), row.chain.value, row.status.value, str(row.count), str(row.total))
-        out.print(table)
+        rows = [
+            (str(row.id), row.chain.value, row.status.value, str(row.count), str(row.total))
+            for row in _with_book(data_dir, lambda engine, *_: commands.listing(engine))
+        ]
+        print_table(("batch", "chain", "status", "payouts", "USDC"), rows)
         return
     identity = _uuid(batch)
     found, members, approvals, sent = _with_book(data_dir, lambda engine, *_: commands.show(engine, identity))
-    out.print(f"batch {found.id} on {found.chain.value}: [bold]{found.status.value}[/], fence {found.fence}")
-    table = Table("payout", "to", "USDC")
-    for member in members:
-        table.add_row(str(member.payout_id), member.address, str(member.amount))
-    out.print(table)
-    out.print(f"approved by: {', '.join(approvals) or 'nobody yet'}")
+    out.print(
+        f"batch {found.id} on {found.chain.value}: [bold]{found.status.value}[/], fence {found.fence}",
+        soft_wrap=True,
+    )
+    payouts = [(str(member.payout_id), member.address, str(member.amount)) for member in members]
+    print_table(("payout", "to", "USDC"), payouts)
+    out.print(f"approved by: {', '.join(approvals) or 'nobody yet'}", soft_wrap=True)
     if found.trouble:
-        out.print(f"waits: {escape(found.trouble)}")
+        out.print(f"waits: {escape(found.trouble)}", soft_wrap=True)
     for broadcast in sent:
-        out.print(f"transaction: {broadcast.tx}")
+        out.print(f"transaction: {broadcast.tx}", soft_wrap=True)
 
 
 @batch_app.command("export")
@@ -488,7 +538,7 @@ def batch_export(
     identity = _uuid(batch)
     with _plain_errors():
         file.write_bytes(_with_book(data_dir, lambda engine, *_: commands.export(engine, identity)))
-    out.print(str(file))
+    print(file)
 
 
 @batch_app.command("witness")
@@ -503,7 +553,7 @@ def batch_witness(
 
     try:
         with _plain_errors():
-            out.print(str(asyncio.run(commands.witness(export, chains_file=chains_file))))
+            print(asyncio.run(commands.witness(export, chains_file=chains_file)))
     except (SettlementError, ChainError) as e:
         err.print(f"[red]tollway:[/] {escape(str(e))}")
         raise typer.Exit(1) from e
@@ -581,8 +631,12 @@ def batch_sanctions(
         _with_book(data_dir, lambda engine, _, clock: screening.empty(engine, clock))
         out.print("Nobody is screened.")
         return
-    count = _with_book(data_dir, lambda engine, _, clock: screening.refresh(engine, clock, file))
-    out.print(f"{count} addresses are screened.")
+    found = _with_book(data_dir, lambda engine, _, clock: screening.refresh(engine, clock, file))
+    out.print(f"{len(found.addresses)} addresses are screened.")
+    if found.of_other_chains:
+        out.print(
+            f"{found.of_other_chains} lines name addresses of other chains; none can be paid from here."
+        )
 
 
 @batch_app.command("rules")
@@ -696,14 +750,15 @@ def sign(
     from marketplace.settlement.errors import SettlementError
 
     def confirm(review: Any) -> bool:
-        table = Table("to", "USDC", "")
-        for to, amount in review.recipients:
-            table.add_row(to, str(amount), "NEW" if to in review.new_recipients else "")
         err.print(
-            f"batch {review.batch} on {review.chain.value}, planned by {review.planned_by}: "
+            f"batch {review.batch} on {review.chain.value}, planned by {escape(review.planned_by)}: "
             f"{review.total} USDC from {review.escrow}, fence {review.fence}, digest {review.digest}"
         )
-        err.print(table)
+        rows = [
+            (to, str(amount), "NEW" if to in review.new_recipients else "")
+            for to, amount in review.recipients
+        ]
+        print_table(("to", "USDC", "new"), rows, console=err)
         return yes or typer.confirm("Sign this?", err=True)
 
     try:
@@ -720,7 +775,7 @@ def sign(
     except SettlementError as e:
         err.print(f"[red]tollway:[/] {escape(str(e))}")
         raise typer.Exit(1) from e
-    out.print(str(written))
+    print(written)
 
 
 @keystore_app.command("create")
@@ -739,7 +794,7 @@ def _uuid(text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        err.print(f"[red]tollway:[/] {text!r} is not a batch id")
+        err.print(f"[red]tollway:[/] {escape(repr(text))} is not a batch id")
         raise typer.Exit(2) from None
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from uuid import UUID
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from chain.networks import Chain
 from marketplace.platform.clock import Clock
 from marketplace.platform.settings import ChainsConfig, load_chains
+from marketplace.terminal import err, out, print_table
 
 if TYPE_CHECKING:  # what the commands work with is imported by those who need it: starting must be quick
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -23,8 +23,6 @@ deposits_app = typer.Typer(help="Deposits: explain, decide, halt, sweep Solana."
 sweep_app = typer.Typer(help="Solana sweeps: show, export, sign, approve, cancel.", no_args_is_help=True)
 deposits_app.add_typer(sweep_app, name="sweep")
 
-out: Final = Console()
-err: Final = Console(stderr=True, soft_wrap=True)  # a path in an error is never cut
 DataDir = Annotated[Path, typer.Option("--data-dir", help="The stack's data folder.")]
 ChainOption = Annotated[Chain, typer.Option("--chain", help="ethereum, base or solana.")]
 Actor = Annotated[str, typer.Option("--as", help="Who decides; kept for ever.")]
@@ -86,6 +84,9 @@ def cases(
     kind: Annotated[str | None, typer.Option(help="Only these, such as `chain_halted`.")] = None,
     before: Annotated[UUID | None, typer.Option(help="Only those older than this one.")] = None,
     data_dir: DataDir = DEFAULT_STACK,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line and nothing else.")
+    ] = False,
 ) -> None:
     """List what waits for a person's decision, newest first."""
     from marketplace.deposits import decisions
@@ -96,12 +97,16 @@ def cases(
             return await decisions.open_cases(conn, kind=kind, before=before, limit=shown + 1)
 
     shown = decisions.CASES_MAX
-    table, found = Table("at", "kind", "chain", "key", "detail"), _book(data_dir, work)
-    for row in found[:shown]:
-        table.add_row(
-            row.created_at.isoformat(timespec="seconds"), row.kind, row.chain, row.key, escape(row.detail)
-        )
-    out.print(table)
+    columns, found = ("at", "kind", "chain", "key", "detail"), _book(data_dir, work)
+    rows = {
+        str(row.id): (row.created_at.isoformat(timespec="seconds"), row.kind, row.chain, row.key, row.detail)
+        for row in found[:shown]
+    }
+    if as_json:
+        for case, cells in rows.items():
+            print(json.dumps({"id": case, **dict(zip(columns, cells, strict=True))}))
+        return
+    print_table(columns, list(rows.values()))
     if len(found) > shown:
         out.print(f"There are older ones: --before {found[shown - 1].id}")
 
@@ -274,19 +279,19 @@ def sweep_show(data_dir: DataDir = DEFAULT_STACK) -> None:
         async with transaction(engine) as conn:
             return await solana_sweeps.newest(conn)
 
-    table = Table("sweep", "status", "accounts", "micro-USDC", "approvals", "transaction", "note")
-    for row in _book(data_dir, work):
-        cells = (
-            row.id,
+    rows = [
+        (
+            str(row.id),
             row.status,
-            len(row.lines),
-            row.amount_micro,
-            row.approvals,
+            str(len(row.lines)),
+            str(row.amount_micro),
+            str(row.approvals),
             row.tx or "",
             row.note or "",
         )
-        table.add_row(*map(str, cells))
-    out.print(table)
+        for row in _book(data_dir, work)
+    ]
+    print_table(("sweep", "status", "accounts", "micro-USDC", "approvals", "transaction", "note"), rows)
 
 
 @sweep_app.command("export")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from marketplace.ledger.money import Nano, cost, dollars, split
 from node_agent import protocol
@@ -101,14 +102,15 @@ def verify(
         typer.echo(msgspec.json.encode(facts).decode())
         return
     _out.print(
-        f"[green]valid[/]: {said.model}, {said.prompt_tokens} + {said.completion_tokens} tokens, counted by "
-        f"{said.counted_by}, ${dollars(Nano(said.cost_nano))}, node {said.node}, "
+        f"[green]valid[/]: {escape(said.model)}, {said.prompt_tokens} + {said.completion_tokens} tokens, "
+        f"counted by {escape(said.counted_by)}, ${dollars(Nano(said.cost_nano))}, node {escape(said.node)}, "
         + ("signed by marketplace and node" if node is not None else "signed by the marketplace alone so far")
     )
     if not key:
-        _out.print(f"key {document['marketplace']['public_key']}: compare it with GET /api/receipts/keys")
+        public_key = escape(document["marketplace"]["public_key"])
+        _out.print(f"key {public_key}: compare it with GET /api/receipts/keys", soft_wrap=True)
 
 
 def _refuse(message: str) -> None:
-    _err.print(f"[red]tollway:[/] {message}")
+    _err.print(f"[red]tollway:[/] {escape(message)}")
     raise typer.Exit(1)

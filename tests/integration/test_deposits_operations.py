@@ -330,6 +330,27 @@ async def test_a_person_pages_through_cases_by_command(
     assert (halts.count("chain_halted"), "no_reference" in halts) == (1, False)
 
 
+async def test_cases_are_listed_as_json_and_the_next_page_by_the_last_id(
+    bench: Bench, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(database_url, tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+    async def listed(*arguments: str) -> list[dict[str, str]]:
+        command = ["cases", "--json", *arguments]
+        done = await asyncio.to_thread(CliRunner().invoke, deposits_app, command, env={"COLUMNS": "80"})
+        assert done.exit_code == 0, done.output
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    await many_cases(bench)
+    newest = await listed()
+    assert len(newest) == CASES_MAX
+    rest = await listed("--before", newest[-1]["id"])
+    assert [row["kind"] for row in rest] == ["chain_halted", "no_reference"]
+    assert list(rest[1]) == ["id", "at", "kind", "chain", "key", "detail"]
+    assert (rest[1]["chain"], rest[1]["key"]) == ("base", "0xlarge:0")
+
+
 @asynccontextmanager
 async def admins_client(bench: Bench, person: UUID) -> AsyncIterator[httpx.AsyncClient]:
     class Admin:

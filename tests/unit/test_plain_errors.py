@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from chain.evm import keystore as evm_keystore
 from chain.solana import keystore as solana_keystore
 from marketplace import cli
 from marketplace.deposits import solana_sweeps
+from marketplace.platform import database
 from marketplace.platform.errors import SetupFault
 from marketplace.platform.settings import load_chains
 from marketplace.settlement.sanctions import BadList, read_list
@@ -98,20 +101,56 @@ def test_a_file_that_is_not_there_is_named(
     assert refused(*arguments) == "tollway: No such file or directory: /nope/x"
 
 
-@pytest.mark.parametrize("server", ["/?host=/nope", "127.0.0.1:1/book"], ids=["socket", "port"])
-@pytest.mark.parametrize(
-    "command",
-    [
-        "prove", "batch show", "batch halt payouts --as ann --reason x", "batch plan --chain base --as ann",
-        "deposits cases", f"deposits explain {EVM_HASH} --chain base", "ledger show loss", "models alias a b",
-        "migrate",
-    ],
+COMMANDS = (
+    "prove", "batch show", "batch halt payouts --as ann --reason x", "batch plan --chain base --as ann",
+    "deposits cases", f"deposits explain {EVM_HASH} --chain base", "ledger show loss", "models alias a b",
+    "migrate",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_without_a_database_one_is_told_to_start_the_stack(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("TOLLWAY_DATABASE_URL", "")  # both: at the end of the test, what the command sets goes
+    monkeypatch.delenv("TOLLWAY_DATABASE_URL")
+    gone = {"database_url": "postgresql://somebody@/?host=/nope"}
+    (folder / "environment.json").write_text(json.dumps(gone))
+    said = refused(*command.split(), "--data-dir", str(folder))
+    assert "the stack does not run; start it with `make up`" in said
+
+
+@pytest.mark.parametrize("server", ["/?host=/elsewhere", "127.0.0.1:1/book"], ids=["socket", "port"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_database_of_somebody_else_is_not_started_by_the_stack(
     folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, server: str
 ) -> None:
     monkeypatch.setenv("TOLLWAY_DATABASE_URL", f"postgresql://somebody@{server}")
-    assert "the stack does not run; start it with `make up`" in refused(*command.split())
+    assert refused(*command.split()) == "tollway: the database of TOLLWAY_DATABASE_URL does not answer"
+
+
+@pytest.mark.parametrize("command", ["deposits cases", "ledger show loss"])
+def test_a_database_that_takes_calls_and_says_nothing_does_not_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(database, "connect", partial(database.connect, connect_seconds_max=0.2))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("TOLLWAY_DATABASE_URL", f"postgresql://somebody@127.0.0.1:{port}/book")
+        assert refused(*command.split()) == "tollway: the database does not answer in time"
+
+
+def test_not_every_silence_is_the_databases(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(cli.typer.Exit), cli._plain_errors():
+        raise TimeoutError
+    assert capsys.readouterr().err == "tollway: something that was asked does not answer in time\n"
+
+
+@pytest.mark.parametrize("arguments", ["batch show [/x]", "up --model [/x]", "demo --model [/x]"])
+def test_what_was_typed_is_said_as_it_was_typed(folder: Path, arguments: str) -> None:
+    done = CliRunner().invoke(cli.app, arguments.split(), env={"COLUMNS": "1000"})
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit), done.output
+    assert "'[/x]'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -119,7 +158,7 @@ def test_without_a_database_one_is_told_to_start_the_stack(
     [
         ("abc", WALLET, "'abc' is not a USDC amount"),
         ("1e30", WALLET, "'1e30' is not a USDC amount"),
-        ("9" * 23, WALLET, "is outside"),
+        ("9" * 23, WALLET, "is too much"),
         ("0", WALLET, "0 USDC cannot be minted"),
         ("1", "0x12", "'0x12' is not an EVM address"),
         ("1", "0x" + "00" * 20, "belongs to nobody"),
