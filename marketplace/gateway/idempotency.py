@@ -82,6 +82,7 @@ _TAKE_OVER: Final = text("""
     UPDATE idempotency SET owner = :owner, credential = :credential, request_id = :request_id,
                            alive_until = now() + :alive_s * INTERVAL '1 second'
     WHERE person_id = :person AND key_digest = :key""")
+_DROP_HASHES: Final = text("SELECT drop_unbilled_hashes(:request_id)")
 _CHARGED: Final = text("""
     UPDATE idempotency SET state = 'charged' WHERE person_id = :person AND key_digest = :key""")
 _FORGET: Final = text("DELETE FROM idempotency WHERE person_id = :person AND key_digest = :key")
@@ -348,6 +349,7 @@ class Idempotency:
             return None  # the next look tells
         if charge is None:
             values["request_id"] = request_id  # else a refusal is on record under it
+            await connection.execute(_DROP_HASHES, values)  # ours will be another answer
         await connection.execute(_TAKE_OVER, values)
         return Claim(
             wanted.person_id, wanted.key_digest, wanted.request_digest, values["request_id"],

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -191,6 +192,34 @@ async def test_who_takes_over_from_a_dead_gateway_keeps_the_request_id(
         assert len(node.requests) == 2
         await heir.assert_proved()
     await gateway.assert_proved()
+
+
+async def test_a_receipt_says_nothing_of_the_answer_of_a_gateway_that_died_before_it_charged(
+    gateway: RunningGateway,
+) -> None:
+    """It had noted the hashes of its answer, which are noted before the charge, under the same id."""
+    may_end = asyncio.Event(), asyncio.Event()
+    node = await gateway.add_node(_answering_after(*may_end))
+    ghosts = asyncio.create_task(gateway.chat(HELLO, **KEY))
+    await eventually(lambda: bool(node.requests))
+    request_id = UUID(node.requests[0].id)
+    note = (
+        "INSERT INTO receipts (id, request_sha256, response_sha256, counted_on) VALUES (:id, :hash, :hash, 0)"
+    )
+    async with gateway.owner.begin() as connection:
+        await connection.execute(text(note), {"id": request_id, "hash": b"g" * 32})
+    async with another_gateway(gateway) as heir:
+        await _let_claims_lapse(gateway)
+        may_end[1].set()
+        assert (await heir.chat(HELLO, **KEY)).status_code == 200
+        async with gateway.owner.connect() as connection:
+            noted = await connection.execute(text("SELECT id, response_sha256 FROM receipts"))
+            ((found, response_sha256),) = noted.all()
+        assert found == request_id
+        assert bytes(response_sha256) != b"g" * 32
+        may_end[0].set()
+        await ghosts
+        await heir.assert_proved()
 
 
 async def test_a_gateway_does_not_take_over_from_itself(gateway: RunningGateway) -> None:
