@@ -179,10 +179,8 @@ class MultisigRail:
         before it for the one after it.
         """
         final = await self._fence(self._rpc, FINALIZED)
-        # Of a provider that is not there yet the fence would look spent.
-        others = [self._is_past(rpc, final) for rpc in self._providers[1:]]
-        if others and await payout_quorum.is_spent([_already(False), *others]):
-            raise RpcUnavailable("other providers show another value of the nonce: ask again in some seconds")
+        if await self.is_fence_spent(final):  # so it would look later, where most are not there yet
+            raise RpcUnavailable("most providers show another value of the nonce: ask again in some seconds")
         newest = await self._fence(self._rpc, CONFIRMED)
         if final != newest:
             raise RpcUnavailable("the nonce was just used and is not final yet: ask again in some seconds")
@@ -335,10 +333,6 @@ class MultisigRail:
             raise ValueError("not a sweep that succeeded")
         moved = tuple((line.to, line.amount) for line in unsigned.lines)
         return Sweep(landed.tx, landed.height, moved)
-
-
-async def _already(answer: bool) -> bool:
-    return answer
 
 
 async def _is_known(rpc: SolanaRpc, tx: str) -> bool:
