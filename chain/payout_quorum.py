@@ -44,11 +44,12 @@ async def is_spent(asked: Sequence[Awaitable[bool]]) -> bool:
     return sum(said) >= needed
 
 
-async def landed(asked: Sequence[Awaitable[Sight]]) -> Landed | None:
+async def landed(asked: Sequence[Awaitable[Sight]], *, is_spent: bool) -> Landed | None:
     """Give the execution that more than half of the providers saw.
 
     None only if *every one* answers, saw none, and they stand on one side of the fence: who does not answer
-    may be the one that saw it.  RpcUnavailable otherwise; what a single one failed with if none answers.
+    may be the one that saw it.  With `is_spent`, what the caller has seen before, that is the far side.
+    RpcUnavailable otherwise; what a single one failed with if none answers.
     """
     needed = default_agreement(len(asked))
 
@@ -62,7 +63,8 @@ async def landed(asked: Sequence[Awaitable[Sight]]) -> Landed | None:
         return most
     if not said:
         raise failures[0]
-    if not failures and most is None and len({sight.is_past for sight in said}) == 1:
+    sides = {sight.is_past for sight in said}
+    if not failures and most is None and (sides == {True} or (sides == {False} and not is_spent)):
         return None
     seen = sum(sight.landed is not None for sight in said)
     raise RpcUnavailable(

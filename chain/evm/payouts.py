@@ -152,6 +152,8 @@ class SafeRail:
         self._gas_payer = gas_payer
         self._is_checked = False
         """Whether this process has seen the Safe as configured; nothing is sent before."""
+        self._spent: str | None = None
+        """The fence just seen spent: whoever then shows it unspent is behind, and knows nothing."""
         self._on_our_network: set[int] = set()
         """Providers (their objects' ids) that were asked for their chain id."""
 
@@ -246,7 +248,9 @@ class SafeRail:
 
         Before calling a batch EXPIRED, ask this first and `landed` second: finality may move between.
         """
-        return await payout_quorum.is_spent([self._is_past(rpc, int(fence)) for rpc in self._providers])
+        is_spent = await payout_quorum.is_spent([self._is_past(rpc, int(fence)) for rpc in self._providers])
+        self._spent = fence if is_spent else None
+        return is_spent
 
     async def landed(self, signed: SignedTransaction) -> Landed | None:
         """The execution of this batch at finality, by whichever transaction; None while there is none.
@@ -257,7 +261,8 @@ class SafeRail:
         reverted is no fact about the batch, whose signatures stay usable until the fence is spent.
         """
         digest = "0x" + self._payload(signed).digest().hex()
-        return await payout_quorum.landed([self._sight(rpc, signed, digest) for rpc in self._providers])
+        sights = [self._sight(rpc, signed, digest) for rpc in self._providers]
+        return await payout_quorum.landed(sights, is_spent=signed.fence == self._spent)
 
     async def _sight(self, rpc: JsonRpc, signed: SignedTransaction, digest: str) -> Sight:
         await self._require_network(rpc)

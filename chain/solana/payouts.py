@@ -80,6 +80,8 @@ class MultisigRail:
         self._gas_key = gas_key
         self._abandoned: list[str] = []
         """Lookup tables made for a batch that was not frozen after all."""
+        self._spent: str | None = None
+        """The fence just seen spent: whoever then shows it unspent is behind, and knows nothing."""
         self._slot_floors = dict.fromkeys(self._providers, 0)
         """Finalized slot already seen of each: a lagging node must not show an older nonce as a newer one."""
         self.terms = terms
@@ -179,7 +181,8 @@ class MultisigRail:
         before it for the one after it.
         """
         final = await self._fence(self._rpc, FINALIZED)
-        if await self.is_fence_spent(final):  # so it would look later, where most are not there yet
+        others = [self._is_past(rpc, final) for rpc in self._providers]
+        if await payout_quorum.is_spent(others):  # so it would look later, where most are not there yet
             raise RpcUnavailable("most providers show another value of the nonce: ask again in some seconds")
         newest = await self._fence(self._rpc, CONFIRMED)
         if final != newest:
@@ -313,12 +316,15 @@ class MultisigRail:
 
     async def landed(self, signed: SignedTransaction) -> Landed | None:
         """The transaction at `finalized` (perhaps failed), or None, as `payout_quorum.landed` says."""
-        return await payout_quorum.landed([self._sight(rpc, signed) for rpc in self._providers])
+        sights = [self._sight(rpc, signed) for rpc in self._providers]
+        return await payout_quorum.landed(sights, is_spent=signed.fence == self._spent)
 
     async def is_fence_spent(self, fence: str) -> bool:
         """Tell whether the nonce's finalized value is no longer `fence` (`payout_quorum.is_spent`)."""
         Hash.from_string(fence)
-        return await payout_quorum.is_spent([self._is_past(rpc, fence) for rpc in self._providers])
+        is_spent = await payout_quorum.is_spent([self._is_past(rpc, fence) for rpc in self._providers])
+        self._spent = fence if is_spent else None
+        return is_spent
 
     async def _sight(self, rpc: SolanaRpc, signed: SignedTransaction) -> Sight:
         is_past = await self._is_past(rpc, signed.fence)  # first: finality may move in between

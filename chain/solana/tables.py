@@ -120,7 +120,7 @@ async def agreed_soon(providers: Sequence[SolanaRpc], table: str, expected: Sequ
     while True:
         try:
             return await agreed(providers, table, expected)
-        except RpcUnavailable:
+        except (RpcUnavailable, TableMismatch):
             if time.monotonic() > deadline:
                 raise
         await asyncio.sleep(POLL_S)

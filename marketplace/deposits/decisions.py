@@ -161,14 +161,14 @@ async def screen_sender(
 async def unscreen_sender(
     conn: AsyncConnection, address: str, *, actor: str, reason: str, now: datetime
 ) -> None:
-    """Take an address off the list; NoDecision if it is not on it."""
-    address = spelled(address)
-    taken = await conn.scalar(
-        delete(screened_senders)
-        .where(screened_senders.c.address == address)
-        .returning(screened_senders.c.address)
-    )
-    if taken is None:
+    """Take an address off the list; NoDecision if it is not on it.  The list takes off only its own."""
+    address, t = spelled(address), screened_senders.c
+    statement = delete(screened_senders).where(t.address == address).returning(t.address)
+    if actor == LIST:
+        statement = statement.where(t.added_by == LIST)
+    if await conn.scalar(statement) is None:
+        if actor == LIST:
+            return  # a person has taken it on, or off, meanwhile
         raise NoDecision(f"{address} is not screened")
     await _journal_screening(conn, address, "lift", actor, reason, now)
 

@@ -76,12 +76,16 @@ _CLAIM: Final = text("""
     ON CONFLICT DO NOTHING RETURNING request_id""")
 _READ: Final = text("""
     SELECT request_digest, request_id, credential, state, response, alive_until > now() AS is_alive,
-           expires_at <= now() AS is_over
+           alive_until + :doubt_s * INTERVAL '1 second' > now() AS is_in_doubt, expires_at <= now() AS is_over
     FROM idempotency WHERE person_id = :person AND key_digest = :key FOR UPDATE""")
 _TAKE_OVER: Final = text("""
     UPDATE idempotency SET owner = :owner, credential = :credential, request_id = :request_id,
                            alive_until = now() + :alive_s * INTERVAL '1 second'
     WHERE person_id = :person AND key_digest = :key""")
+_IS_ANSWERED: Final = text("""
+    SELECT EXISTS (SELECT FROM receipts r WHERE r.id = :request_id)
+        AND NOT EXISTS (SELECT FROM charges c WHERE c.id = :request_id)""")
+"""Hashes are noted before the charge."""
 _DROP_HASHES: Final = text("SELECT drop_unbilled_hashes(:request_id)")
 _CHARGED: Final = text("""
     UPDATE idempotency SET state = 'charged' WHERE person_id = :person AND key_digest = :key""")
@@ -320,7 +324,7 @@ class Idempotency:
         values: dict[str, Any] = {
             "person": wanted.person_id, "key": wanted.key_digest, "request": wanted.request_digest,
             "request_id": wanted.request_id, "credential": wanted.credential, "owner": self._owner,
-            "alive_s": ALIVE_S, "kept_h": KEPT_HOURS,
+            "alive_s": ALIVE_S, "kept_h": KEPT_HOURS, "doubt_s": DOUBT_S,
         }  # fmt: skip
         if (await connection.execute(_CLAIM, values)).first() is not None:
             return wanted
@@ -337,6 +341,8 @@ class Idempotency:
             await self._lost(connection, row.request_id)
         if row.is_alive or row.request_id in self._running:  # or here, though the database was away for long
             return None
+        if row.is_in_doubt and await connection.scalar(_IS_ANSWERED, {"request_id": row.request_id}):
+            return None  # whoever answered it may still be charging
         return await self._take_over(connection, row.request_id, wanted, values)
 
     async def _take_over(

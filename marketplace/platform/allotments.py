@@ -34,7 +34,7 @@ from typing import Final, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from marketplace.platform.own_session import FAULTS, NeverSent, OwnSession
+from marketplace.platform.own_session import FAULTS, OwnSession
 
 _log = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ class Allotments:
         self._wanted: set[_Counter] = set()
         self._returned: dict[tuple[_Counter, int], int] = {}
         self._wake = asyncio.Event()
+        self._swept_at = monotonic()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -311,9 +312,19 @@ class Allotments:
             self._wake.clear()
             wanted = sorted(self._wanted, key=lambda counter: (counter.subject, counter.ceiling.rule))
             self._wanted.clear()
-            for start in range(0, len(wanted), BATCH_MAX):
+            for start in range(0, max(1, len(wanted)), BATCH_MAX):
                 with contextlib.suppress(AllotmentsUnavailable):  # told to those who wait
                     await self._ask(wanted[start : start + BATCH_MAX])
+            if self._monotonic() - self._swept_at >= SWEEP_S:
+                await self._sweep()
+
+    async def _sweep(self) -> None:
+        self._swept_at = self._monotonic()
+        try:
+            async with asyncio.timeout(ASK_S_MAX):
+                await self._session.fetch(_SWEEP)
+        except FAULTS as e:
+            _log.warning("old allotments stay for now: %s", type(e).__name__)
 
     async def _ask(self, wanted: Sequence[_Counter]) -> None:
         asked = [self._asked(counter) for counter in wanted]
@@ -329,10 +340,12 @@ class Allotments:
         try:
             async with asyncio.timeout(ASK_S_MAX):
                 rows = await self._session.fetch(_TAKE, *_arrays(asked))
-        except FAULTS as e:
-            if isinstance(e, NeverSent):  # given back twice, it would free what is others'
+        except BaseException as e:
+            if not self._session.was_sent:  # given back twice, it would free what is others'
                 for key, units in returned.items():
                     self._returned[key] = self._returned.get(key, 0) + units
+            if not isinstance(e, FAULTS):
+                raise
             for ask in asked:
                 self._fail(ask, AllotmentsUnavailable(type(e).__name__))
             raise AllotmentsUnavailable(type(e).__name__) from e
@@ -374,7 +387,9 @@ class Allotments:
         if counter.is_held:
             counter.is_over = remaining < 0
             if granted:
-                counter.parts = deque([_Part(mark, max(0, granted - counter.held), until)])
+                spare = max(0, granted - counter.held)
+                left, given_up = (0, spare) if counter.is_over else (spare, 0)
+                counter.parts = deque([_Part(mark, left, until, given_up)])
             elif ask.give_units:
                 counter.parts.clear()
         elif granted:
@@ -414,8 +429,7 @@ class Allotments:
     # ---- keeping
 
     async def _keep(self) -> None:
-        """Give back what expired, renew what is held, forget who has gone."""
-        swept = self._monotonic()
+        """Have given back what expired, have renewed what is held, forget who has gone."""
         while True:
             await asyncio.sleep(KEEP_S)
             now = self._monotonic()
@@ -425,16 +439,8 @@ class Allotments:
                 if warm < WARM_MAX and self._cools(counter, now):
                     warm += 1
                     self._want(counter)
-            if self._returned:
+            if self._returned or now - self._swept_at >= SWEEP_S:
                 self._wake.set()
-            try:
-                if self._returned and not self._wanted:
-                    await self._ask([])
-                if now - swept >= SWEEP_S:
-                    swept = now
-                    await self._session.fetch(_SWEEP)
-            except (AllotmentsUnavailable, *FAULTS) as e:
-                _log.warning("allotments wait: %s", type(e).__name__)
 
     def _keep_one(self, key: tuple[str, str], counter: _Counter, now: float) -> None:
         if counter.is_held and not counter.is_asked and not counter.waiters:

@@ -25,11 +25,6 @@ FAULTS: Final = (
     SQLAlchemyError,
 )
 """What a statement may raise; the session is then closed, and the next statement opens another."""
-CONNECT_S_MAX: Final = 1.5
-
-
-class NeverSent(ConnectionError):
-    """There is no session: the statement has certainly not been run."""
 
 
 class OwnSession:
@@ -40,12 +35,16 @@ class OwnSession:
         self._connection: AsyncConnection | None = None
         self._driver: asyncpg.Connection[asyncpg.Record] | None = None
         self._turn = asyncio.Lock()
+        self.was_sent = False
+        """Whether the last statement may have been run; for who alone sends statements here."""
 
     async def fetch(self, statement: str, *values: object) -> Sequence[asyncpg.Record]:
-        """Run a statement and give its rows; raises FAULTS, NeverSent among them."""
+        """Run a statement and give its rows; raises FAULTS."""
+        self.was_sent = False
         async with self._turn:
             try:
-                driver = self._driver or await self._connect_soon()
+                driver = self._driver or await self._connect()
+                self.was_sent = True
                 return await driver.fetch(statement, *values)
             except BaseException:  # cancelled, too: nobody reads the rest of the answer
                 await self._disconnect()
@@ -54,13 +53,6 @@ class OwnSession:
     async def close(self) -> None:
         async with self._turn:
             await self._disconnect()
-
-    async def _connect_soon(self) -> asyncpg.Connection[asyncpg.Record]:
-        try:
-            async with asyncio.timeout(CONNECT_S_MAX):
-                return await self._connect()
-        except FAULTS as e:
-            raise NeverSent(f"{type(e).__name__}: {e}") from e
 
     async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
         self._connection = await self._engine.connect()

@@ -314,6 +314,44 @@ async def test_a_busy_buyer_comes_down_to_a_lowered_ceiling(engine: AsyncEngine)
             await asyncio.sleep(0.02)
 
 
+async def test_what_comes_back_while_the_database_is_asked_comes_under_a_lowered_ceiling_too(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eighty clients of one buyer, a database that takes its time, and a limit lowered under them."""
+    ceiling, held, most = Ceiling("parallel", 128, 0), 0, 0
+    fetch = OwnSession.fetch
+
+    async def slowly(session: OwnSession, statement: str, *values: object) -> object:
+        await asyncio.sleep(0.05)
+        return await fetch(session, statement, *values)
+
+    monkeypatch.setattr(OwnSession, "fetch", slowly)
+
+    async def client(process: Allotments) -> None:
+        nonlocal held
+        while True:
+            grant = await process.take("ann", ceiling)
+            if isinstance(grant, Grant):
+                held += 1
+                await asyncio.sleep(0.1)
+                held -= 1
+                process.give_back(grant, 1)
+            await asyncio.sleep(0.005)
+
+    async with processes(engine, 2) as running:
+        clients = [asyncio.create_task(client(running[at % 2])) for at in range(80)]
+        await asyncio.sleep(1)
+        ceiling = Ceiling("parallel", 50, 0)
+        await asyncio.sleep(2)
+        for _ in range(100):
+            most = max(most, held)
+            await asyncio.sleep(0.01)
+        for task in clients:
+            task.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+        assert 0 < most <= 50
+
+
 async def test_what_nobody_holds_any_more_is_soon_anothers(engine: AsyncEngine) -> None:
     ceiling = Ceiling("parallel", 1, 0)
     async with processes(engine, 2) as (one, other):
@@ -337,8 +375,9 @@ async def test_a_stopped_process_leaves_what_it_held_to_others(engine: AsyncEngi
         assert isinstance(await other.take("ann", ceiling), Grant)
 
 
+@pytest.mark.parametrize("how", ["refused", "hangs"])
 async def test_what_comes_back_while_the_database_cannot_be_reached_is_given_back_later(
-    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     ceiling = Ceiling("spend", 1_000, 86_400_000)
     async with processes(engine, 1) as (one,):
@@ -346,12 +385,28 @@ async def test_what_comes_back_while_the_database_cannot_be_reached_is_given_bac
         assert isinstance(grant, Grant)
         one._counters["ann", "spend"].parts.clear()  # its part has ended
         await one._session.close()
-        monkeypatch.setattr(OwnSession, "_connect", refused)
+        monkeypatch.setattr(OwnSession, "_connect", refused if how == "refused" else hangs)
         one.give_back(grant, 850)
-        await asyncio.sleep(4 * allotments.KEEP_S)
+        others = asyncio.create_task(ask_on(one))
+        await asyncio.sleep(2.5 if how == "hangs" else 1)
         monkeypatch.undo()
-        await asyncio.sleep(4 * allotments.KEEP_S)
+        await asyncio.sleep(2.5 if how == "hangs" else 1)
+        others.cancel()
         assert await _units(engine, "ann") == 50
+
+
+async def ask_on(one: Allotments) -> None:
+    """Other people's requests meanwhile."""
+    for number in itertools.count():
+        try:
+            await one.take(f"bob-{number}", Ceiling("requests", 60, MINUTE_MS))
+        except AllotmentsUnavailable:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
+
+
+async def hangs(_: OwnSession) -> None:
+    await asyncio.sleep(3600)
 
 
 async def refused(_: OwnSession) -> None:

@@ -155,9 +155,10 @@ async def test_a_charge_whose_answer_could_not_be_kept_is_not_repeated(
     assert len(await _charged(gateway)) == 1
 
 
-async def _let_claims_lapse(gateway: RunningGateway) -> None:
+async def _let_claims_lapse(gateway: RunningGateway, seconds: int = 1) -> None:
+    lapse = text("UPDATE idempotency SET alive_until = now() - :seconds * interval '1 second'")
     async with gateway.owner.begin() as connection:
-        await connection.execute(text("UPDATE idempotency SET alive_until = now() - interval '1 second'"))
+        await connection.execute(lapse, {"seconds": seconds})
 
 
 @pytest.mark.parametrize("faster", ["the heir", "the ghost"])
@@ -210,6 +211,10 @@ async def test_a_receipt_says_nothing_of_the_answer_of_a_gateway_that_died_befor
         await connection.execute(text(note), {"id": request_id, "hash": b"g" * 32})
     async with another_gateway(gateway) as heir:
         await _let_claims_lapse(gateway)
+        heir.process.idempotency._wait_s = 0.3
+        early = await heir.chat(HELLO, **KEY)  # the answer's gateway may still be charging it
+        assert (early.status_code, _code(early)) == (409, "idempotency_in_progress")
+        await _let_claims_lapse(gateway, seconds=idempotency.DOUBT_S + 1)
         may_end[1].set()
         assert (await heir.chat(HELLO, **KEY)).status_code == 200
         async with gateway.owner.connect() as connection:

@@ -246,6 +246,8 @@ async def test_a_person_who_screens_what_the_list_names_outlives_the_list(desk: 
         assert await _screened(conn, [solana]) == {solana}
         journal = await conn.execute(text("SELECT action, actor FROM screening_decisions ORDER BY id"))
         assert [tuple(row) for row in journal] == [("screen", decisions.LIST), ("screen", "ann")]
+        await decisions.unscreen_sender(conn, solana, actor=decisions.LIST, reason="a late refresh", now=now)
+        assert await _screened(conn, [solana]) == {solana}
         await decisions.unscreen_sender(conn, solana, actor="ann", reason="cleared", now=now)
         with pytest.raises(NoDecision, match="is not screened"):
             await decisions.unscreen_sender(conn, solana, actor="ann", reason="again", now=now)

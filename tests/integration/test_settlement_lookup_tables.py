@@ -151,8 +151,8 @@ async def test_providers_some_slots_behind_a_new_table_are_waited_for(rail: Mult
         with pytest.raises(RpcUnavailable):
             await tables.agreed([there, behind, behind], table, right)
         assert await tables.agreed([there, there, behind], table, right) == 2
-    catches_up = Says(rail._rpc, begun)
-    waiting = asyncio.create_task(tables.agreed_soon([there, catches_up], table, right))
+    catches_up = Says(rail._rpc, str(Keypair().pubkey()))
+    waiting = asyncio.create_task(tables.agreed_soon([catches_up, catches_up], table, right))
     await asyncio.sleep(0.3)
     assert not waiting.done()
     catches_up.table = table

@@ -59,14 +59,14 @@ async def test_a_fence_is_spent_when_more_than_half_of_all_say_so(answers: list[
     ],
 )
 async def test_what_more_than_half_saw_has_landed(answers: list[Any]) -> None:
-    assert await landed(asked(answers)) == PAID.landed
+    assert await landed(asked(answers), is_spent=False) == PAID.landed
 
 
 @pytest.mark.parametrize(
     "answers", [[NOTHING], [BEHIND], [NOTHING, NOTHING], [NOTHING] * 3, [BEHIND, BEHIND, BEHIND]]
 )
 async def test_what_all_looked_for_and_nobody_saw_has_not_landed(answers: list[Any]) -> None:
-    assert await landed(asked(answers)) is None
+    assert await landed(asked(answers), is_spent=False) is None
 
 
 @pytest.mark.parametrize(
@@ -85,19 +85,25 @@ async def test_what_all_looked_for_and_nobody_saw_has_not_landed(answers: list[A
 )
 async def test_nothing_is_said_while_anybody_may_have_seen_it_land(answers: list[Any]) -> None:
     with pytest.raises(RpcUnavailable):
-        await landed(asked(answers))
+        await landed(asked(answers), is_spent=False)
+
+
+async def test_who_shows_a_spent_fence_unspent_knows_nothing() -> None:
+    with pytest.raises(RpcUnavailable):
+        await landed(asked([BEHIND]), is_spent=True)
+    assert await landed(asked([NOTHING]), is_spent=True) is None
 
 
 async def test_of_providers_that_all_fail_a_failure_is_told() -> None:
     with pytest.raises(WrongChain):
-        await landed(asked([WrongChain("another")]))
+        await landed(asked([WrongChain("another")]), is_spent=False)
     with pytest.raises(ChainError):
         await is_spent(asked([DOWN, DOWN]))
 
 
 async def test_a_fault_of_ours_is_not_a_providers() -> None:
     with pytest.raises(TypeError):
-        await landed(asked([TypeError("ours"), PAID, PAID]))
+        await landed(asked([TypeError("ours"), PAID, PAID]), is_spent=False)
 
 
 async def test_one_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,11 +111,11 @@ async def test_one_that_never_answers_holds_nobody_up(monkeypatch: pytest.Monkey
         await asyncio.sleep(3600)
 
     async with asyncio.timeout(5):
-        assert await landed([never(), *asked([PAID, PAID])]) == PAID.landed
+        assert await landed([never(), *asked([PAID, PAID])], is_spent=False) == PAID.landed
         assert await is_spent([never(), *asked([True, True])])
         monkeypatch.setattr(payout_quorum, "ANSWER_S_MAX", 0.05)
         with pytest.raises(RpcUnavailable):
-            await landed([never(), *asked([NOTHING, NOTHING])])
+            await landed([never(), *asked([NOTHING, NOTHING])], is_spent=False)
 
 
 async def test_what_any_provider_takes_is_sent() -> None:

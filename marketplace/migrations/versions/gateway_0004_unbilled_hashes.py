@@ -14,7 +14,7 @@ depends_on = None
 # The application may add hashes and never change them; these are of an answer that has no receipt.
 DROP: Final = """
     CREATE FUNCTION drop_unbilled_hashes(request UUID) RETURNS VOID
-    LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+    LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
         DELETE FROM receipts r
         WHERE r.id = request AND NOT EXISTS (SELECT FROM charges c WHERE c.id = request)
     $$"""
