@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -318,12 +319,14 @@ async def test_what_comes_back_while_the_database_is_asked_comes_under_a_lowered
     engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eighty clients of one buyer, a database that takes its time, and a limit lowered under them."""
-    ceiling, held, most = Ceiling("parallel", 128, 0), 0, 0
+    ceiling, held, most, dice = Ceiling("parallel", 128, 0), 0, 0, random.Random(1)
     fetch = OwnSession.fetch
 
     async def slowly(session: OwnSession, statement: str, *values: object) -> object:
-        await asyncio.sleep(0.05)
-        return await fetch(session, statement, *values)
+        await asyncio.sleep(0.025)
+        answer = await fetch(session, statement, *values)
+        await asyncio.sleep(0.025)
+        return answer
 
     monkeypatch.setattr(OwnSession, "fetch", slowly)
 
@@ -333,10 +336,11 @@ async def test_what_comes_back_while_the_database_is_asked_comes_under_a_lowered
             grant = await process.take("ann", ceiling)
             if isinstance(grant, Grant):
                 held += 1
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.05 + dice.random() / 10)
                 held -= 1
                 process.give_back(grant, 1)
-            await asyncio.sleep(0.005)
+            else:
+                await asyncio.sleep(0.005)
 
     async with processes(engine, 2) as running:
         clients = [asyncio.create_task(client(running[at % 2])) for at in range(80)]
