@@ -141,7 +141,7 @@ class SafeRail:
     def __init__(
         self, terms: SafeTerms, rpc: JsonRpc, gas_payer: gas.GasPayer, *, witnesses: Sequence[JsonRpc] = ()
     ) -> None:
-        """`witnesses`: further providers; more than half of all must agree on what has become of a batch."""
+        """`witnesses`: further providers, asked too what has become of a batch (`payout_quorum`)."""
         self.terms = terms
         self.chain: Chain = terms.network.chain
         self.escrow = terms.safe

@@ -181,8 +181,8 @@ class MultisigRail:
         before it for the one after it.
         """
         final = await self._fence(self._rpc, FINALIZED)
-        others = [self._is_past(rpc, final) for rpc in self._providers]
-        if await payout_quorum.is_spent(others):  # so it would look later, where most are not there yet
+        differing = [self._is_past(rpc, final) for rpc in self._providers]
+        if await payout_quorum.is_spent(differing):  # so it would look later, where most are not there yet
             raise RpcUnavailable("most providers show another value of the nonce: ask again in some seconds")
         newest = await self._fence(self._rpc, CONFIRMED)
         if final != newest:

@@ -36,9 +36,9 @@ from marketplace.ledger.money import from_micro
 from marketplace.ledger.posting import find_transfer
 
 CASES_MAX: Final = 100
+"""A page, unless asked else."""
 LIST: Final = "sanctions list"
 """Who screens what a list names; a refresh of the list takes back only what is its own."""
-"""A page, unless asked else."""
 _IS_FROZEN: Final = text("SELECT frozen_at IS NOT NULL FROM people WHERE id = :id")
 
 

@@ -183,7 +183,7 @@ class Allotments:
             for part in counter.parts:
                 part.until = 0.0
                 if counter.is_held:
-                    self._return(counter, part, counter.held + part.left + part.given_up)
+                    self._return(counter, part.mark, counter.held + part.left + part.given_up)
             counter.held = 0
             self._drop_expired(counter, self._monotonic())
         with contextlib.suppress(AllotmentsUnavailable):
@@ -250,8 +250,7 @@ class Allotments:
             if part.mark == grant.mark and part.until > now:
                 part.left += units
                 return
-        key = (counter, grant.mark)
-        self._returned[key] = self._returned.get(key, 0) + units
+        self._return(counter, grant.mark, units)
 
     def left(self, subject: str, ceiling: Ceiling) -> tuple[int, int]:
         """Give (units left, seconds until more come back), as far as this process knows."""
@@ -273,10 +272,9 @@ class Allotments:
         if counter.parts and not counter.is_asked:
             self._want(counter)
 
-    def _return(self, counter: _Counter, part: _Part, units: int) -> None:
+    def _return(self, counter: _Counter, mark: int, units: int) -> None:
         if units > 0:
-            key = (counter, part.mark)
-            self._returned[key] = self._returned.get(key, 0) + units
+            self._returned[counter, mark] = self._returned.get((counter, mark), 0) + units
 
     def _take_from_parts(self, counter: _Counter, units: int, now: float) -> Grant | None:
         if counter.parts and counter.parts[0].until <= now:
@@ -296,7 +294,7 @@ class Allotments:
             if part.until > now:
                 kept.append(part)
             elif not counter.is_held:
-                self._return(counter, part, part.left)
+                self._return(counter, part.mark, part.left)
         counter.parts = kept
 
     # ---- asking the database
@@ -342,8 +340,8 @@ class Allotments:
                 rows = await self._session.fetch(_TAKE, *_arrays(asked))
         except BaseException as e:
             if not self._session.was_sent:  # given back twice, it would free what is others'
-                for key, units in returned.items():
-                    self._returned[key] = self._returned.get(key, 0) + units
+                for (counter, mark), units in returned.items():
+                    self._return(counter, mark, units)
             if not isinstance(e, FAULTS):
                 raise
             for ask in asked:
@@ -461,7 +459,7 @@ class Allotments:
             spare = counter.ceiling.units // PARTS
             idle = 0 if counter.held else max(0, part.left - spare)
             part.left -= idle
-            self._return(counter, part, idle + part.given_up)
+            self._return(counter, part.mark, idle + part.given_up)
             part.given_up = 0
 
     def _cools(self, counter: _Counter, now: float) -> bool:

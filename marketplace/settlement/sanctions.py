@@ -23,9 +23,11 @@ BYTES_MAX: Final = 16 * 1024 * 1024
 _ADDRESS: Final = re.compile(r"0[xX][0-9a-fA-F]{40}|(?!0[xX])[0-9a-zA-Z]{32,44}")
 """As long as deposits' list of senders takes."""
 _OF_ANOTHER_CHAIN: Final = re.compile(
-    r"(bc|ltc|addr|cosmos|zs|bitcoincash:)1?[0-9a-z]{20,120}|[1-9A-HJ-NP-Za-km-z]{25,31}|[0-9a-zA-Z]{62,120}"
+    r"(bc1|ltc1|addr1|cosmos1|zs1|bitcoincash:)[0-9a-z]{20,120}"
+    r"|[13][1-9A-HJ-NP-Za-km-z]{24,30}|[48][1-9A-HJ-NP-Za-km-z]{94}"
 )
-"""Bech32 and the like, old Bitcoin, Monero: of a shape that no mistyped address of ours has."""
+"""Bech32 and the like, old Bitcoin, Monero, by how they begin and how long they are: an address of ours that
+was cut short, or two without a line's end between them, must be told and not left out."""
 ROWS_PER_STATEMENT: Final = 5_000
 
 

@@ -343,7 +343,9 @@ async def test_of_an_attribution_and_a_rebalance_at_once_one_happens(bench: Benc
     assert await bench.balance(ledger_accounts.unattributed("base")) == 100 * 10**9
 
 
-@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"0x12 0x13\n", b"\xff\xfe", b"a" * 101])
+@pytest.mark.parametrize(
+    "content", [b"", b"# nothing\n", b"0x12 0x13\n", b"\xff\xfe", b"a" * 101, b"7" * 88, b"7" * 31]
+)
 def test_what_is_no_list_of_addresses_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "list.txt"
     file.write_bytes(content)
